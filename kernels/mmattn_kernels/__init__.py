@@ -1,0 +1,1 @@
+"""Attention operators. Depends on torch alone; the first operators arrive in the next release."""

@@ -1,0 +1,50 @@
+"""attach(): match, verify, then change, with everything undone if anything fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmattn.errors import ConflictError
+from mmattn.planning import plan
+from mmattn.rebind import SLOT
+from mmattn.session import Session
+from mmattn.sites import Selector
+
+
+def attach(
+    target: Any,
+    methods: Any,
+    *,
+    sites: Selector | None = None,
+    unsupported: str = "error",
+    seed: int = 0,
+) -> Session:
+    """Attach `methods` to `target` and return the live `Session`.
+
+    Same arguments as `mmattn.plan`. Use it as a context manager, or call ``session.detach()``:
+
+    ```python
+    with mmattn.attach(pipe, VMoBA(topk=3)) as session:
+        video = pipe(prompt).frames[0]
+    print(session.report())
+    ```
+
+    Raises:
+        NoSiteError: no site fits some method, or the target is not a model.
+        SelectorError, ConfigError: a selector that matches nothing; a bad method or setting.
+        ConflictError: methods that exclude each other, or a model that is already attached.
+    """
+    made = plan(target, methods, sites=sites, unsupported=unsupported, seed=seed)
+    made.raise_if_empty()
+    for root in made.roots:
+        for site in root.sites:
+            holder = getattr(site.module, "processor", None)
+            for place in (site.module, site.token_module, holder):
+                if place is not None and SLOT in getattr(place, "__dict__", {}):
+                    raise ConflictError(
+                        f"{site.path} already belongs to an mmattn session; detach it first, or pass "
+                        "all methods to one attach call: attach(model, [a, b])"
+                    )
+    session = Session(made)
+    session._open()
+    return session

@@ -1,0 +1,77 @@
+"""Recipes: methods and where to attach them, as TOML or JSON that round-trips.
+
+```toml
+sites = "transformer_blocks.*"
+unsupported = "dense"
+[[method]]
+name = "vmoba"
+threshold = 0.25
+```
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmattn.errors import ConfigError, suggest
+from mmattn.methods.base import Method
+from mmattn.registry import method_from
+
+_KEYS = ("method", "methods", "sites", "unsupported", "seed")
+_RECORD_ONLY = ("mmattn", "versions", "device", "stats", "host", "target")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `mmattn.load` returns and `mmattn.attach` accepts in place of methods."""
+
+    methods: tuple[Method, ...]
+    sites: Any = None
+    unsupported: str = "error"
+    seed: int = 0
+
+
+def load(path: str | Path) -> Recipe:
+    """Read a recipe, or the record a session saved.
+
+    Raises:
+        ConfigError: when the file is missing, cannot be parsed, or has an unknown key or value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no recipe file at {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ConfigError(f"{path} is not valid {kind}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a table of settings, found {type(data).__name__}")
+    return recipe_from(data, source=str(path))
+
+
+def recipe_from(data: dict[str, Any], source: str = "recipe") -> Recipe:
+    """A recipe from a mapping with `method` (list of tables), `sites`, `unsupported` and `seed`."""
+    for key in data:
+        if key not in _KEYS and key not in _RECORD_ONLY:
+            raise ConfigError(f"{source}: unknown key {key!r}{suggest(key, _KEYS)} Known: {_KEYS}")
+    tables = data.get("method", data.get("methods"))
+    if not isinstance(tables, list) or not tables:
+        raise ConfigError(f"{source}: needs at least one [[method]] table with a name")
+    sites = data.get("sites")
+    ok = sites is None or isinstance(sites, str)
+    ok = ok or (isinstance(sites, list) and all(isinstance(s, str) for s in sites))
+    if not ok:
+        raise ConfigError(f"{source}: sites must be a glob or a list of globs, got {sites!r}")
+    unsupported = data.get("unsupported", "error")
+    if unsupported not in ("error", "dense"):
+        raise ConfigError(f"{source}: unsupported must be 'error' or 'dense', got {unsupported!r}")
+    seed = data.get("seed", 0)
+    if not isinstance(seed, int):
+        raise ConfigError(f"{source}: seed must be an integer, got {seed!r}")
+    return Recipe(tuple(method_from(table) for table in tables), sites, unsupported, seed)

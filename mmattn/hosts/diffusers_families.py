@@ -1,0 +1,193 @@
+"""Facts about diffusers model families that a call alone does not tell: text order, site kinds, grids.
+
+Each reader looks at the arguments of the running model call. Families that are missing here still
+work; their sites just have no token grid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmattn.layout import Grid, Layout
+from mmattn.runs import LayoutReader
+
+_Shape = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Grid | None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: how to read the layout and which paths are joint or text-only."""
+
+    layout: LayoutReader
+    joint: str = r"$^"
+    text: str = r"$^"
+    tags: frozenset[str] = frozenset()
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    """A model-call argument whether it was passed by position or by name."""
+    return kwargs[name] if name in kwargs else args[position] if len(args) > position else None
+
+
+def _grid_from_ids(name: str) -> _Shape:
+    """Grid from position ids ``[N, A]`` or ``[B, N, A]``; the last two axes are row and column."""
+
+    def read(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
+        hidden = argument(args, kwargs, 0, "hidden_states")
+        ids = kwargs.get(name)
+        if ids is None:
+            return None
+        if ids.ndim == 3:
+            ids = ids[0]
+        if torch.compiler.is_compiling() or ids.is_meta:
+            return None
+        axes = ids[:, 1:3].long()
+        size = [int(n) for n in axes.amax(0) - axes.amin(0) + 1]
+        tokens = hidden.shape[1]
+        if size[0] * size[1] == 0 or tokens % (size[0] * size[1]):
+            return None
+        return tokens // (size[0] * size[1]), size[0], size[1]
+
+    return read
+
+
+def _grid_from_video(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid:
+    """``hidden_states [B, C, T, H, W]`` and the patch size of the config."""
+    hidden = argument(args, kwargs, 0, "hidden_states")
+    config: Any = model.config
+    patch = config.patch_size
+    if isinstance(patch, int):
+        pt, py, px = getattr(config, "patch_size_t", None) or 1, patch, patch
+    else:
+        pt, py, px = patch
+    t, y, x = hidden.shape[-3:]
+    return t // pt, y // py, x // px
+
+
+def _grid_from_frames_first(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid:
+    """CogVideoX: ``hidden_states [B, T, C, H, W]``."""
+    hidden = argument(args, kwargs, 0, "hidden_states")
+    config: Any = model.config
+    p, pt = config.patch_size, getattr(config, "patch_size_t", None) or 1
+    return hidden.shape[1] // pt, hidden.shape[3] // p, hidden.shape[4] // p
+
+
+def _grid_from_image(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid:
+    """``hidden_states [B, C, H, W]``."""
+    hidden = argument(args, kwargs, 0, "hidden_states")
+    patch = getattr(model.config, "patch_size", None) or 1
+    return 1, hidden.shape[-2] // patch, hidden.shape[-1] // patch
+
+
+def _grid_from_arguments(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid | None:
+    """LTX: ``num_frames``, ``height``, ``width`` are arguments of the call."""
+    names = ("num_frames", "height", "width")
+    values = [kwargs.get(n) for n in names]
+    return None if None in values else (int(values[0]), int(values[1]), int(values[2]))  # type: ignore[arg-type]
+
+
+def _grid_from_img_shapes(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid | None:
+    """Qwen-Image: ``img_shapes``, a list per row of ``(T, Y, X)`` or a list of those."""
+    shapes = kwargs.get("img_shapes")
+    if not shapes:
+        return None
+    first = shapes[0]
+    if isinstance(first, list):
+        if len(first) != 1:
+            return None  # an edit call: several images share the sequence
+        first = first[0]
+    return int(first[0]), int(first[1]), int(first[2])
+
+
+def _grid_from_list(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid | None:
+    """Z-Image: a list of ``[C, T, H, W]`` images; a grid only when all have one size."""
+    images = argument(args, kwargs, 0, "x")
+    if isinstance(images[0], list) or len({tuple(i.shape) for i in images}) != 1:
+        return None
+    p, pt = kwargs.get("patch_size", 2), kwargs.get("f_patch_size", 1)
+    _, t, y, x = images[0].shape
+    return t // pt, y // p, x // p
+
+
+def _reader(shape: _Shape, text: str, *, pyramid: bool = False) -> LayoutReader:
+    def read(
+        model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Layout | None:
+        grid = shape(model, args, kwargs)
+        return Layout(grid=grid, text=text, pyramid=pyramid)  # type: ignore[arg-type]
+
+    return read
+
+
+def _unet_grid(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid:
+    sample = argument(args, kwargs, 0, "sample")
+    return 1, sample.shape[-2], sample.shape[-1]
+
+
+_ROTARY = frozenset({"rotary"})
+_ALL = r"."
+_FAMILIES: dict[str, Family] = {
+    "FluxTransformer2DModel": Family(_reader(_grid_from_ids("img_ids"), "before"), _ALL, tags=_ROTARY),
+    "ChromaTransformer2DModel": Family(
+        _reader(_grid_from_ids("img_ids"), "before"), _ALL, tags=_ROTARY
+    ),
+    "Flux2Transformer2DModel": Family(
+        _reader(_grid_from_ids("img_ids"), "before"), _ALL, tags=_ROTARY
+    ),
+    "SD3Transformer2DModel": Family(_reader(_grid_from_image, "after"), r"\.attn$"),
+    "PixArtTransformer2DModel": Family(_reader(_grid_from_image, "none")),
+    "SanaTransformer2DModel": Family(_reader(_grid_from_image, "none")),
+    "WanTransformer3DModel": Family(_reader(_grid_from_video, "none"), tags=_ROTARY),
+    "WanVACETransformer3DModel": Family(_reader(_grid_from_video, "none"), tags=_ROTARY),
+    "HunyuanVideoTransformer3DModel": Family(
+        _reader(_grid_from_video, "after"),
+        r"^(single_)?transformer_blocks\.",
+        r"^context_embedder\.",
+        _ROTARY,
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        _reader(_grid_from_video, "after"),
+        r"^transformer_blocks\.",
+        r"^context_embedder",
+        _ROTARY,
+    ),
+    "CogVideoXTransformer3DModel": Family(
+        _reader(_grid_from_frames_first, "before"), r"attn1$", tags=_ROTARY
+    ),
+    "LTXVideoTransformer3DModel": Family(_reader(_grid_from_arguments, "none"), tags=_ROTARY),
+    "MochiTransformer3DModel": Family(_reader(_grid_from_video, "after"), _ALL, tags=_ROTARY),
+    "QwenImageTransformer2DModel": Family(
+        _reader(_grid_from_img_shapes, "before"), _ALL, tags=_ROTARY
+    ),
+    "ZImageTransformer2DModel": Family(
+        _reader(_grid_from_list, "after"), r"^layers\.", r"^context_refiner\.", _ROTARY
+    ),
+    "UNet2DConditionModel": Family(_reader(_unet_grid, "none", pyramid=True)),
+    "UNet2DModel": Family(_reader(_unet_grid, "none", pyramid=True)),
+}
+
+
+def family_of(model: torch.nn.Module) -> Family | None:
+    """The table row of a model, subclasses included."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in _FAMILIES:
+            return _FAMILIES[cls.__name__]
+    return None
+
+
+def kind_of(family: Family | None, path: str, module: torch.nn.Module) -> str:
+    """``self``, ``cross``, ``joint`` or ``text`` for the attention module at `path`."""
+    if family is not None and re.search(family.text, path):
+        return "text"
+    if family is not None and re.search(family.joint, path):
+        return "joint"
+    if getattr(module, "is_cross_attention", False) or re.search(r"attn2$|cross_attn", path):
+        return "cross"
+    if getattr(module, "add_q_proj", None) is not None:
+        return "joint"
+    return "self"

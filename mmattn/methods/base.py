@@ -1,0 +1,137 @@
+"""The Method noun: one published technique as a frozen dataclass of its knobs plus pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+
+from mmattn.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from mmattn.sites import Site
+
+Dense = Callable[..., torch.Tensor]
+"""``dense(q, k, v, mask=..., scale=...) -> [B, H, Q, D]``: the original attention of this site."""
+
+SEAMS = ("attention", "heads", "tokens", "features", "sequence", "logits")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A technique that can be attached. Subclass it, decorate with ``@dataclass(frozen=True)``.
+
+    Every function below passes its input through unchanged; override those of the seams you declare.
+    A method holds no tensors and no run state: what must survive between calls lives in ``site.state``.
+
+    Class attributes:
+        name: registry key, kebab-case.
+        seams: which of `SEAMS` this method uses.
+        kinds: site kinds it acts on (``self``, ``joint``, ``cross``, ``window``).
+        hosts: hosts it claims.
+        needs: facts that must be known at a call: ``grid``, ``clock``, ``image_tokens``.
+        paper: title and arXiv id.
+        training_free: False when the method needs trained weights of its own.
+        observes: True when it never changes the result, so it composes with anything.
+        masks, causal, grouped: whether `attend` honours a mask tensor, `site.causal`, and key/value
+            tensors with fewer heads than the query. Where False the session raises `UnsupportedCall`
+            (mask, causal) or repeats the key/value heads (grouped) before calling.
+    """
+
+    name: ClassVar[str] = ""
+    seams: ClassVar[tuple[str, ...]] = ("attention",)
+    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
+    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "transformers", "open_clip", "plain")
+    needs: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[str] = ""
+    training_free: ClassVar[bool] = True
+    observes: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    grouped: ClassVar[bool] = False
+
+    @property
+    def passive(self) -> bool:
+        """True when these settings cannot change any output; hosts may then take the stock path."""
+        return False
+
+    def accepts(self, site: Site) -> str | None:
+        """None to act at `site`, or the reason to leave it alone. Looks at static facts only."""
+        return None
+
+    def phase(self, step: int | None, total: int | None) -> int | bool | None:
+        """What the step clock means to this method (``True`` = act, say).
+
+        Called outside compiled graphs whenever the clock moves; read it as ``site.phase``. Return few
+        distinct values: each one is a graph under `torch.compile`.
+        """
+        return None
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        site: Site,
+        dense: Dense,
+    ) -> torch.Tensor:
+        """``attention`` seam. ``q [B, H, Q, D]``, ``k, v [B, H, K, D]`` -> ``[B, H, Q, D]``."""
+        return dense(q, k, v)
+
+    def heads(self, out: torch.Tensor, *, site: Site) -> torch.Tensor:
+        """``heads`` seam: per-head output ``[B, H, Q, D]`` before the out-projection."""
+        return out
+
+    def enter(self, x: torch.Tensor, *, site: Site) -> torch.Tensor:
+        """``tokens`` seam, on the way in: hidden states ``[B, N, C]`` before the block."""
+        return x
+
+    def leave(self, x: torch.Tensor, *, site: Site) -> torch.Tensor:
+        """``tokens`` seam, on the way out: hidden states ``[B, N, C]`` after the block."""
+        return x
+
+    def features(self, features: torch.Tensor, *, grid: tuple[int, int], site: Site) -> torch.Tensor:
+        """``features`` seam: ``[M, C]`` image tokens of one image -> sorted indices ``[K]`` to keep."""
+        return torch.arange(features.shape[0], device=features.device)
+
+    def logits(self, logits: torch.Tensor, *, site: Site) -> torch.Tensor:
+        """``logits`` seam: model output ``[..., V]``."""
+        return logits
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready settings, with the registry key under ``name``."""
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> Self:
+        """Build from a mapping of settings.
+
+        Raises:
+            ConfigError: for an unknown key (with a suggestion) or an invalid value.
+        """
+        known = [f.name for f in fields(cls)]
+        given = {k: v for k, v in settings.items() if k != "name"}
+        for key in given:
+            if key not in known:
+                raise ConfigError(
+                    f"{cls.__name__}: unknown key {key!r}{suggest(key, known)} Known keys: {known}"
+                )
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+AttentionMethod = Method
+"""Alias for readers: a method that overrides `attend` only."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition`; for `__post_init__` checks."""
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,168 @@
+"""The live part of an attachment: one `Run` per root model, fed by two hooks on that model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mmattn.clock import StepClock
+from mmattn.errors import SeamNotReached
+from mmattn.layout import Layout
+from mmattn.methods.base import Method
+from mmattn.sites import Site
+
+LayoutReader = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Layout | None]
+
+
+@dataclass
+class Root:
+    """A model (or tower) whose forward is one unit of work for its sites.
+
+    Args:
+        name: prefix of its site paths inside the target, "" for the target itself.
+        module: the model whose call begins and ends a forward.
+        layout: reads the token layout from the arguments of that call.
+        begin: module whose call starts a forward when users often bypass `module` (timm's
+            `forward_features` never calls the model itself); defaults to `module`.
+        sites: filled by the host.
+    """
+
+    name: str
+    module: torch.nn.Module
+    layout: LayoutReader | None = None
+    begin: torch.nn.Module | None = None
+    sites: list[Site] = field(default_factory=list)
+
+
+class Run:
+    """State shared by the sites of one root: layout, branch, method phases, per-site memory."""
+
+    def __init__(
+        self, root: Root, methods: Sequence[Method], clock: StepClock, unsupported: str, seed: int
+    ) -> None:
+        self.root, self.methods, self.clock = root, tuple(methods), clock
+        self.unsupported, self.seed = unsupported, seed
+        self.enabled = True
+        self.layout: Layout | None = None
+        self.branch = 0
+        self.forwards = 0
+        self.sites: list[Site] = []
+        self.phases: list[int | bool | None] = [None] * len(self.methods)
+        self.intact: Callable[[], str | None] = lambda: None
+        self._calls_in_step = 0
+        self._state: dict[tuple[int, int, int], dict[str, Any]] = {}
+        self._generators: dict[tuple[int, str], torch.Generator] = {}
+        self._hooks: list[Any] = []
+        self.on_clock(new_run=False)
+
+    def on_clock(self, new_run: bool) -> None:
+        """The step clock moved. Runs outside every compiled graph."""
+        self._calls_in_step = 0
+        if new_run:
+            self.clear()
+        clock = self.clock
+        for slot, method in enumerate(self.methods):
+            self.phases[slot] = method.phase(clock.index, clock.total)
+
+    def clear(self) -> None:
+        """Forget what methods remembered; a new run starts."""
+        self._state.clear()
+        self._generators.clear()
+
+    def state_of(self, site: Site) -> dict[str, Any]:
+        """Memory of the running method at this site and branch."""
+        return self._state.setdefault((id(site), self.branch, site.slot), {})
+
+    def generator_of(self, site: Site, device: torch.device | None) -> torch.Generator:
+        """A generator seeded from the session seed and the site, never the global one."""
+        where = torch.device("cpu") if device is None else device
+        key = (site.index, str(where))
+        if key not in self._generators:
+            generator = torch.Generator(device=where)
+            generator.manual_seed(self.seed * 1_000_003 + site.index)
+            self._generators[key] = generator
+        return self._generators[key]
+
+    def install(self) -> None:
+        """Hook the start and the end of the root's forward."""
+        begin = self.root.begin or self.root.module
+        self._hooks = [
+            begin.register_forward_pre_hook(_Hook(self._begin, _pass_pre), with_kwargs=True),
+            self.root.module.register_forward_hook(_Hook(self._end, _pass_post)),
+        ]
+
+    def remove(self) -> None:
+        """Take both hooks off; order with other people's hooks does not matter."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        if self.root.layout is not None:
+            layout = self.root.layout(module, args, kwargs)
+            if layout is not None:
+                self.layout = layout
+        if torch.compiler.is_compiling():
+            return
+        replaced = self.intact()
+        if replaced is not None:
+            raise SeamNotReached(
+                f"{replaced} was replaced after mmattn attached to it (fuse_qkv_projections and "
+                "set_attn_processor do that). Detach, make the change, then attach again."
+            )
+        if self.clock.index is not None:
+            self.branch = self._calls_in_step
+            self._calls_in_step += 1
+        self.forwards += 1
+
+    def _end(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() or not self.enabled or self.forwards != 1:
+            return
+        self.check_reached()
+
+    def check_reached(self) -> None:
+        """Raise unless every site of this root was executed.
+
+        Raises:
+            SeamNotReached: lists the sites whose attention never came by.
+        """
+        missing = [site.path for site in self.sites if not site.meter.reached]
+        if missing:
+            raise SeamNotReached(
+                f"{len(missing)} of {len(self.sites)} planned sites of {self.root.name or 'the model'} "
+                f"were not executed in the first forward: {missing[:4]}. Their module computes "
+                "attention another way; leave them out with sites=..."
+            )
+
+
+class _Hook:
+    """A hook that turns into a no-op when the hooked model is copied or pickled."""
+
+    def __init__(self, function: Callable[..., Any], inert: Callable[..., None]) -> None:
+        self.function, self.inert = function, inert
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return self.inert
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return _inert, (self.inert.__name__,)
+
+
+def _pass_pre(module: Any, args: Any, kwargs: Any) -> None:
+    return None
+
+
+def _pass_post(module: Any, args: Any, output: Any) -> None:
+    return None
+
+
+def _inert(name: str) -> Any:
+    return globals()[name]

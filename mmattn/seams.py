@@ -1,0 +1,343 @@
+"""The shared seam object: what runs instead of a host's attention call at every site of one root.
+
+One object serves all sites of a root, and everything specific to a site is read through the site, so
+`compile_repeated_blocks` compiles one graph per kind of block and not one per layer. Python counters
+are kept out of traced code.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from mmattn.errors import UnsupportedCall
+from mmattn.methods.base import Dense, Method
+from mmattn.rebind import Proxy, names_used, rebind, subclass
+from mmattn.runs import Run
+from mmattn.sites import Site
+
+_SDPA = "scaled_dot_product_attention"
+
+
+class Seam:
+    """Runs the methods of the site that is being executed. `here` is set by the installed class."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.here: Site | None = None
+        self._classes: dict[tuple[type, str], type] = {}
+
+    # -- attention and heads ------------------------------------------------------------------
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        causal: bool,
+        dropout: float,
+        dense: Dense,
+    ) -> torch.Tensor:
+        """One attention call, normalised: ``q [B, H, Q, D]``, ``k, v [B, Hk, K, D]``."""
+        site = self.here
+        if site is None or not self.run.enabled:
+            return dense(q, k, v, mask=mask, scale=scale)
+        start = 0 if torch.compiler.is_compiling() else time.perf_counter_ns()
+        site.meter.tick()
+        site.causal = causal
+        if q.ndim != 4:
+            out = self._folded(site, q, k, v, mask, scale, dropout, dense)
+        else:
+            out = self._chain(site, 0, q, k, v, mask, scale, dropout, dense)
+        for slot, method in site.head_methods:
+            site.slot, site.phase = slot, self.run.phases[slot]
+            out = method.heads(out, site=site)
+        if not torch.compiler.is_compiling():
+            site.meter.nanoseconds += time.perf_counter_ns() - start
+        return out
+
+    def _chain(
+        self,
+        site: Site,
+        depth: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        dropout: float,
+        dense: Dense,
+    ) -> torch.Tensor:
+        if depth == len(site.attention):
+            return dense(q, k, v, mask=mask, scale=scale)
+        slot, method = site.attention[depth]
+        outer_mask, outer_scale = mask, scale
+
+        def inner(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            *,
+            mask: torch.Tensor | None = outer_mask,
+            scale: float | None = outer_scale,
+        ) -> torch.Tensor:
+            out = self._chain(site, depth + 1, q, k, v, mask, scale, dropout, dense)
+            site.slot, site.phase = slot, self.run.phases[slot]
+            return out
+
+        site.slot, site.phase = slot, self.run.phases[slot]
+        reason = _refusal(method, mask, site.causal, dropout)
+        if reason is not None:
+            if self.run.unsupported != "dense":
+                raise UnsupportedCall(
+                    f"{method.name} at {site.path}: {reason}. Choose other sites, or attach with "
+                    'unsupported="dense" to run the original attention there and have it counted.'
+                )
+            site.meter.fell_back(reason)
+            return inner(q, k, v)
+        if not method.grouped and k.shape[1] != q.shape[1]:
+            repeat = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        if self.run.unsupported != "dense":
+            return method.attend(q, k, v, mask=mask, scale=scale, site=site, dense=inner)
+        try:
+            return method.attend(q, k, v, mask=mask, scale=scale, site=site, dense=inner)
+        except UnsupportedCall as error:
+            site.meter.fell_back(str(error))
+            return inner(q, k, v)
+
+    def _folded(
+        self,
+        site: Site,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        dropout: float,
+        dense: Dense,
+    ) -> torch.Tensor:
+        """Calls with extra or missing leading axes (Hiera ``[B, H, W, N, D]``, single-head ``[B, N, D]``)."""
+        lead = q.shape[:-2]
+
+        def unfolded(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            *,
+            mask: torch.Tensor | None = mask,
+            scale: float | None = scale,
+        ) -> torch.Tensor:
+            parts = [t.reshape(*lead, *t.shape[-2:]) for t in (q, k, v)]
+            out = dense(*parts, mask=mask, scale=scale)
+            return _to_4d(out)
+
+        four = [_to_4d(t) for t in (q, k, v)]
+        out = self._chain(site, 0, *four, mask, scale, dropout, unfolded)
+        return out.reshape(*lead, *out.shape[-2:])
+
+    # -- tokens -------------------------------------------------------------------------------
+
+    def enter(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states on their way into a block."""
+        for slot, method in site.token_methods:
+            site.slot, site.phase = slot, self.run.phases[slot]
+            x = method.enter(x, site=site)
+        return x
+
+    def leave(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states on their way out of a block, methods in reverse order."""
+        for slot, method in reversed(site.token_methods):
+            site.slot, site.phase = slot, self.run.phases[slot]
+            x = method.leave(x, site=site)
+        return x
+
+    # -- what is put into the stock code's globals -----------------------------------------------
+
+    def dispatch(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Stand-in for diffusers' ``dispatch_attention_fn`` (``[B, N, H, D]``)."""
+
+        def dispatch_attention_fn(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: torch.Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            scale: float | None = None,
+            **rest: Any,
+        ) -> Any:
+            def dense(
+                q: torch.Tensor,
+                k: torch.Tensor,
+                v: torch.Tensor,
+                *,
+                mask: torch.Tensor | None,
+                scale: float | None,
+            ) -> torch.Tensor:
+                out: torch.Tensor = original(
+                    q.transpose(1, 2),
+                    k.transpose(1, 2),
+                    v.transpose(1, 2),
+                    attn_mask=mask,
+                    dropout_p=dropout_p,
+                    is_causal=is_causal,
+                    scale=scale,
+                    **rest,
+                )
+                return out.transpose(1, 2)
+
+            q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            out = self.attention(q, k, v, attn_mask, scale, is_causal, dropout_p, dense)
+            return out.transpose(1, 2)
+
+        return dispatch_attention_fn
+
+    def sdpa(self, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Stand-in for ``F.scaled_dot_product_attention`` (``[B, H, N, D]``)."""
+
+        def scaled_dot_product_attention(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: torch.Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            scale: float | None = None,
+            **rest: Any,
+        ) -> torch.Tensor:
+            def dense(
+                q: torch.Tensor,
+                k: torch.Tensor,
+                v: torch.Tensor,
+                *,
+                mask: torch.Tensor | None,
+                scale: float | None,
+            ) -> torch.Tensor:
+                return original(
+                    q,
+                    k,
+                    v,
+                    attn_mask=mask,
+                    dropout_p=dropout_p,
+                    is_causal=is_causal,
+                    scale=scale,
+                    **rest,
+                )
+
+            return self.attention(
+                query, key, value, attn_mask, scale, is_causal, dropout_p, dense
+            )
+
+        return scaled_dot_product_attention
+
+    def rebound(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
+        """`function` with its attention call going through this seam, or None if it makes none."""
+        used = names_used(function)
+        table = getattr(_unwrap(function), "__globals__", {})
+        if "dispatch_attention_fn" in used:
+            original = table["dispatch_attention_fn"]
+            return rebind(function, dispatch_attention_fn=self.dispatch(original))
+        if _SDPA not in used:
+            return None
+        shim = self.sdpa(_stock_sdpa)
+        if _SDPA in table:
+            return rebind(function, **{_SDPA: shim})
+        functional = Proxy(F, **{_SDPA: shim})
+        if "F" in used and table.get("F") is F:
+            return rebind(function, F=functional)
+        nn = Proxy(torch.nn, functional=functional)
+        if "nn" in used and table.get("nn") is torch.nn:
+            return rebind(function, nn=nn)
+        if "torch" in used and table.get("torch") is torch:
+            return rebind(function, torch=Proxy(torch, nn=nn))
+        return None
+
+    # -- classes ----------------------------------------------------------------------------------
+
+    def attention_class(
+        self, base: type, method: str, rebound: Callable[..., Any], *, tokens: bool = False
+    ) -> type:
+        """Subclass of `base` whose `method` (``__call__`` or ``forward``) runs `rebound` at its site.
+
+        With `tokens`, the hidden states pass through the tokens seam before and after; for processors
+        they are the second argument, for modules the first.
+        """
+        key = (base, method + ("+tokens" if tokens else ""))
+        if key in self._classes:
+            return self._classes[key]
+        stock = getattr(base, method)
+        seam = self
+
+        if not tokens:
+
+            @functools.wraps(stock)
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+                if not seam.run.enabled:
+                    return stock(self, *args, **kwargs)
+                seam.here = self._mmattn_site
+                return rebound(self, *args, **kwargs)
+
+        else:
+            position = 1 if method == "__call__" else 0
+
+            @functools.wraps(stock)
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+                if not seam.run.enabled:
+                    return stock(self, *args, **kwargs)
+                site = self._mmattn_site
+                seam.here = site
+                if "hidden_states" in kwargs:
+                    kwargs["hidden_states"] = seam.enter(site, kwargs["hidden_states"])
+                else:
+                    x = seam.enter(site, args[position])
+                    args = (*args[:position], x, *args[position + 1 :])
+                out = rebound(self, *args, **kwargs)
+                seam.here = site
+                if isinstance(out, tuple):
+                    return (seam.leave(site, out[0]), *out[1:])
+                return seam.leave(site, out)
+
+        self._classes[key] = subclass(base, **{method: call})
+        return self._classes[key]
+
+    def block_class(self, base: type) -> type:
+        """Subclass of a block module that passes hidden states through the tokens seam."""
+        return self.attention_class(base, "forward", base.forward, tokens=True)  # type: ignore[attr-defined]
+
+
+def _refusal(
+    method: Method, mask: torch.Tensor | None, causal: bool, dropout: float
+) -> str | None:
+    if mask is not None and not method.masks:
+        return f"the call has an attention mask {list(mask.shape)}, which this method does not honour"
+    if causal and not method.causal:
+        return "the call is causal, which this method does not honour"
+    if dropout > 0 and not method.observes and not method.passive:
+        return f"the call drops attention weights (p={dropout}), which this method does not honour"
+    return None
+
+
+def _stock_sdpa(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(*args, **kwargs)  # looked up late: users may replace it
+
+
+def _to_4d(t: torch.Tensor) -> torch.Tensor:
+    if t.ndim == 4:
+        return t
+    if t.ndim == 3:
+        return t.unsqueeze(1)
+    return t.reshape(-1, *t.shape[-3:]) if t.ndim > 4 else t.unsqueeze(0).unsqueeze(0)
+
+
+def _unwrap(fn: Any) -> Any:
+    while (inner := getattr(fn, "__wrapped__", None)) is not None:
+        fn = inner
+    return fn

@@ -1,0 +1,1 @@
+"""Self-contained diffusers-style pipelines. The first ones arrive in the next release."""

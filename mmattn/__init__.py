@@ -9,6 +9,38 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from mmattn import methods as methods
+    from mmattn.attaching import attach as attach
+    from mmattn.config import Recipe as Recipe, load as load
+    from mmattn.errors import (
+        ConfigError as ConfigError,
+        ConflictError as ConflictError,
+        DetachConflict as DetachConflict,
+        HostVersionError as HostVersionError,
+        MissingExtraError as MissingExtraError,
+        MmattnError as MmattnError,
+        NoSiteError as NoSiteError,
+        SeamNotReached as SeamNotReached,
+        SelectorError as SelectorError,
+        UnsupportedCall as UnsupportedCall,
+    )
+    from mmattn.layout import Layout as Layout
+    from mmattn.methods.agent_attention import AgentAttention as AgentAttention
+    from mmattn.methods.attention_maps import AttentionMaps as AttentionMaps
+    from mmattn.methods.base import AttentionMethod as AttentionMethod, Method as Method
+    from mmattn.methods.hiprune import HiPrune as HiPrune
+    from mmattn.methods.identity import Identity as Identity
+    from mmattn.methods.random_prune import RandomPrune as RandomPrune
+    from mmattn.methods.tome import ToMe as ToMe
+    from mmattn.methods.vhr import VHR as VHR
+    from mmattn.methods.vmoba import VMoBA as VMoBA
+    from mmattn.planning import Plan as Plan, plan as plan
+    from mmattn.registry import register as register
+    from mmattn.report import Stats as Stats
+    from mmattn.session import Session as Session
+    from mmattn.sites import Site as Site
+
 __version__ = "0.1.0"
 
 _EXPORTS = {

@@ -32,7 +32,8 @@ def attach(
     Raises:
         NoSiteError: no site fits some method, or the target is not a model.
         SelectorError, ConfigError: a selector that matches nothing; a bad method or setting.
-        ConflictError: methods that exclude each other, or a model that is already attached.
+        ConflictError: methods that exclude each other, or a model or scheduler that already is
+            attached.
     """
     made = plan(target, methods, sites=sites, unsupported=unsupported, seed=seed)
     made.raise_if_empty()
@@ -46,5 +47,6 @@ def attach(
                         "all methods to one attach call: attach(model, [a, b])"
                     )
     session = Session(made)
+    session.raise_if_clock_taken()
     session._open()
     return session

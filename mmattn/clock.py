@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from mmattn.errors import ConfigError, DetachConflict
+from mmattn.errors import ConfigError, ConflictError, DetachConflict
 from mmattn.rebind import blank
 
 _SLOT = "_mmattn_clock"
@@ -30,10 +30,21 @@ class StepClock:
         self.total: int | None = None
         self.on_change: list[Callable[[bool], None]] = []
 
+    @property
+    def running(self) -> bool:
+        """A run has begun and its last step is not done."""
+        return self.index is not None and self.total is not None and self.index < self.total
+
     def start(self, total: int) -> None:
         """A new run of `total` steps begins."""
         self.index, self.total = 0, total
         self._tell(new_run=True)
+
+    def begin_at(self, index: int) -> None:
+        """The run starts in the middle of the schedule (image-to-image)."""
+        if self.total is not None:
+            self.index = index
+            self._tell(new_run=False)
 
     def advance(self) -> None:
         """One scheduler step is done."""
@@ -82,6 +93,11 @@ def _clocked(base: type) -> type:
         state = {k: v for k, v in self.__dict__.items() if k != _SLOT}
         return blank, (base,), state
 
+    def set_begin_index(self: Any, begin_index: int = 0) -> Any:
+        result = base.set_begin_index(self, begin_index)  # type: ignore[attr-defined]
+        getattr(self, _SLOT).begin_at(begin_index)
+        return result
+
     members = {
         "set_timesteps": set_timesteps,
         "step": step,
@@ -90,6 +106,8 @@ def _clocked(base: type) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    if hasattr(base, "set_begin_index"):
+        members["set_begin_index"] = functools.wraps(base.set_begin_index)(set_begin_index)
     return type(base.__name__, (base,), members)
 
 
@@ -99,15 +117,27 @@ class SchedulerClock:
     def __init__(self, scheduler: Any, clock: StepClock) -> None:
         self.scheduler, self.clock = scheduler, clock
         self.base: type = type(scheduler)
+        self._installed = False
+
+    def raise_if_taken(self) -> None:
+        """Raise before anything is changed.
+
+        Raises:
+            ConflictError: when the scheduler drives the clock of another session.
+        """
+        if _SLOT in self.scheduler.__dict__:
+            raise ConflictError(
+                f"this {self.base.__name__} already drives the step clock of another mmattn session, "
+                "so two pipelines share it; detach that session, or give this pipeline its own "
+                "scheduler: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+            )
 
     def install(self) -> None:
         """Swap the instance's class for the observing subclass."""
-        if _SLOT in self.scheduler.__dict__:
-            raise ConfigError(
-                f"{self.base.__name__} is already observed by another mmattn session; detach it first."
-            )
+        self.raise_if_taken()
         self.scheduler.__dict__[_SLOT] = self.clock
         self.scheduler.__class__ = _clocked(self.base)
+        self._installed = True
 
     def remove(self) -> None:
         """Restore the class.
@@ -115,7 +145,7 @@ class SchedulerClock:
         Raises:
             DetachConflict: when somebody replaced the scheduler's class in between.
         """
-        if _SLOT not in self.scheduler.__dict__:
+        if not self._installed:
             return
         if type(self.scheduler) is not _clocked(self.base):
             raise DetachConflict(
@@ -124,3 +154,4 @@ class SchedulerClock:
             )
         self.scheduler.__class__ = self.base
         del self.scheduler.__dict__[_SLOT]
+        self._installed = False

@@ -42,6 +42,10 @@ class ConfigError(MmattnError, ValueError):
     """A value, key or combination of settings is not valid."""
 
 
+class ModelLoadError(MmattnError):
+    """A model cannot be loaded: not found, offline, not safetensors, damaged, or its own code."""
+
+
 class HostVersionError(MmattnError, ImportError):
     """A host library is missing or too old for the requested target."""
 

@@ -6,15 +6,26 @@ the resolution and the number of text tokens may change between two calls of one
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from mmattn.errors import UnsupportedCall
 
+if TYPE_CHECKING:
+    from mmattn.sites import Site
+
 Grid = tuple[int, int, int]
 """Token grid ``(T, Y, X)`` after patchify; still images have ``T == 1``."""
+
+
+_NO_GRID = "This site has no token grid, and the method needs one."
+_TRACED = (
+    " Position ids cannot be read while a graph is traced: compile first, then attach, so that mmattn "
+    "stands outside the graph."
+)
 
 
 @dataclass(frozen=True)
@@ -25,13 +36,20 @@ class Layout:
         grid: ``(T, Y, X)`` of the image or video tokens, or None where there is no grid.
         text: where non-image tokens (text, class, register) sit relative to the image tokens.
         pyramid: True for UNets: the grid at a site is `grid` halved until its size matches.
-        image_mask: ``[B, N]`` bool, True at image tokens; vision-language prompts only.
+        image_mask: ``[B, N]`` bool, True at image tokens; vision-language prompts only. It covers the
+            keys of the prompt; keys that decoding appended later are text.
+        past: tokens in the key/value cache when the call began, 0 at prefill; None where the host
+            does not know of a cache.
+        twins: how many rows at the end of the batch repeat its first rows without their image tokens
+            (see `Method.twin`); 0 almost always.
     """
 
     grid: Grid | None = None
     text: Literal["before", "after", "none"] = "none"
     pyramid: bool = False
     image_mask: torch.Tensor | None = None
+    past: int | None = None
+    twins: int = 0
 
     def grid_for(self, tokens: int) -> Grid:
         """The grid at a site whose sequence has `tokens` entries (text included).
@@ -40,7 +58,7 @@ class Layout:
             UnsupportedCall: when there is no grid, or it cannot hold that many tokens.
         """
         if self.grid is None:
-            raise UnsupportedCall("This site has no token grid, and the method needs one.")
+            raise UnsupportedCall(_NO_GRID + (_TRACED if torch.compiler.is_compiling() else ""))
         t, y, x = self.grid
         if self.pyramid:
             while t * y * x > tokens and (y > 1 or x > 1):
@@ -66,3 +84,24 @@ class Layout:
                 f" and the layout says text={self.text!r}."
             )
         return slice(extra, tokens) if self.text == "before" else slice(0, tokens - extra)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of one image on its way from the vision tower to the language model.
+
+    Args:
+        features: ``[M, C]`` in raster order of `grid`, after the projector.
+        grid: ``(Y, X)`` with ``Y * X == M``.
+        tiles: how many tiles share the budget of this image; 1 except for LLaVA-NeXT.
+        tower: vision sites where the running method acts, shallow to deep; their `state` holds what
+            the method's `attend` left there during this call.
+        gather: turns what `attend` recorded per patch at one site, one ``[T, N]`` tensor per attention
+            call, into ``[M]`` numbers, one per token of this tile.
+    """
+
+    features: torch.Tensor
+    grid: tuple[int, int]
+    tiles: int
+    tower: tuple[Site, ...]
+    gather: Callable[[Sequence[torch.Tensor]], torch.Tensor]

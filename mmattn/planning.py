@@ -60,7 +60,7 @@ class Plan:
             return (
                 f"{target} ({self.host.name}) has no attention site mmattn can reach"
                 f"{'' if not others else f' under that selector; it has {others[:4]}'}. "
-                "For your own modules pass sites= to name them."
+                "For your own modules pass sites= to name them." + "".join(self._exclusions())
             )
         reasons: dict[str, int] = {}
         for row in self.rows:
@@ -71,7 +71,7 @@ class Plan:
         names = [row.site.path for row in self.rows[:4]]
         return (
             f"{method.name} fits none of the {len(self.rows)} sites of {target} "
-            f"({self.host.name}; {names}): {listing}."
+            f"({self.host.name}; {names}): {listing}." + "".join(self._exclusions())
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +103,19 @@ class Plan:
             what = ", ".join(row.methods) or "-"
             why = f"   [{'; '.join(row.skipped)}]" if row.skipped else ""
             lines.append(f"  {row.site.path:<{width}}  {row.site.kind:<6} {what}{why}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._exclusions()])
+
+    def _exclusions(self) -> list[str]:
+        """One line per reason for attention modules that are no sites."""
+        reasons: dict[str, list[str]] = {}
+        for root in self.roots:
+            for path, reason in root.excluded.items():
+                reasons.setdefault(reason, []).append(path)
+        return [
+            f"  {len(paths)} attention modules are no sites ({', '.join(paths[:2])}"
+            f"{', ...' if len(paths) > 2 else ''}): {reason}"
+            for reason, paths in reasons.items()
+        ]
 
 
 def _needs_no_site(method: Method) -> bool:
@@ -175,6 +187,8 @@ def _row(site: Site, methods: tuple[Method, ...], host: str, *, explicit: bool) 
             reason = f"the method does not claim the host {host}"
         elif site.kind not in method.kinds:
             reason = f"kind {site.kind} is not among {'/'.join(method.kinds)}"
+        elif "tokens" in method.seams and "no-tokens" in site.tags and not method.observes:
+            reason = "no block with [B, N, C] hidden states encloses this site"
         else:
             reason = method.accepts(site)
         if reason is None:
@@ -189,7 +203,9 @@ def _check_conflicts(result: Plan) -> None:
     seen = [m.name for m in result.methods]
     for name in seen:
         if seen.count(name) > 1:
-            raise ConflictError(f"{name} is given twice; attach it once, with the settings you want")
+            raise ConflictError(
+                f"{name} is given twice; attach it once, with the settings you want"
+            )
     for row in result.rows:
         both = [name for name in row.methods if name in replacing]
         if len(both) > 1:

@@ -18,7 +18,9 @@ SLOT = "_mmattn_site"
 def names_used(fn: Callable[..., Any]) -> frozenset[str]:
     """Global and attribute names the innermost wrapped function of `fn` refers to."""
     inner = _innermost(fn)
-    return frozenset(inner.__code__.co_names) if isinstance(inner, types.FunctionType) else frozenset()
+    return (
+        frozenset(inner.__code__.co_names) if isinstance(inner, types.FunctionType) else frozenset()
+    )
 
 
 def rebind(fn: Callable[..., Any], **names: Any) -> Callable[..., Any]:
@@ -70,7 +72,7 @@ def subclass(base: type, **members: Any) -> type:
 
 def blank(cls: type) -> Any:
     """An instance of `cls` before any state; the first half of unpickling."""
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 class Proxy:

@@ -58,7 +58,9 @@ def register(name: str) -> Callable[[_M], _M]:
         from mmattn.methods.base import Method
 
         if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise ConfigError(f"register({name!r}) decorates a subclass of mmattn.Method, got {cls!r}")
+            raise ConfigError(
+                f"register({name!r}) decorates a subclass of mmattn.Method, got {cls!r}"
+            )
         taken = _registered.get(name)
         same = taken is not None and (taken.__module__, taken.__qualname__) == (
             cls.__module__,
@@ -143,3 +145,14 @@ def methods() -> list[MethodInfo]:
             )
         )
     return rows
+
+
+def markdown() -> str:
+    """The documentation's table of methods, one generated line per method."""
+    head = "| method | seams | site kinds | hosts | training-free | paper |\n|---|---|---|---|---|---|\n"
+    lines = [
+        f"| `{row.cls.__name__}` (`{row.name}`) | {', '.join(row.seams)} | {', '.join(row.kinds)} "
+        f"| {', '.join(row.hosts)} | {'yes' if row.training_free else 'no'} | {row.paper} |"
+        for row in methods()
+    ]
+    return head + "\n".join(lines) + "\n"

@@ -77,7 +77,13 @@ def collect(runs: Sequence[Run]) -> Stats:
         for site in run.sites:
             meter = site.meter
             names = dict.fromkeys(
-                m.name for _, m in (*site.attention, *site.head_methods, *site.token_methods)
+                m.name
+                for _, m in (
+                    *site.attention,
+                    *site.head_methods,
+                    *site.token_methods,
+                    *site.feature_methods,
+                )
             )
             notes = {n: meter.mean(n) for n in meter.counts if n not in _NAMED}
             rows.append(
@@ -100,7 +106,9 @@ def collect(runs: Sequence[Run]) -> Stats:
 
 def table(stats: Stats, title: str) -> str:
     """A fixed-width table: one line per site, then the reasons for dense calls."""
-    head = f"{title}: {stats.executed} of {stats.planned} planned sites executed, {stats.calls} calls"
+    head = (
+        f"{title}: {stats.executed} of {stats.planned} planned sites executed, {stats.calls} calls"
+    )
     width = max((len(s.path) for s in stats.sites), default=4)
     lines = [head, f"  {'site':<{width}}  kind    calls  density     tokens        ms  dense"]
     for s in stats.sites:

@@ -28,6 +28,7 @@ class Root:
         begin: module whose call starts a forward when users often bypass `module` (timm's
             `forward_features` never calls the model itself); defaults to `module`.
         sites: filled by the host.
+        excluded: attention modules that are no sites, and why.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Root:
     layout: LayoutReader | None = None
     begin: torch.nn.Module | None = None
     sites: list[Site] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)
 
 
 class Run:
@@ -48,12 +50,14 @@ class Run:
         self.enabled = True
         self.layout: Layout | None = None
         self.branch = 0
+        self.timed = False
         self.forwards = 0
+        self.broken_off = False
         self.sites: list[Site] = []
         self.phases: list[int | bool | None] = [None] * len(self.methods)
         self.intact: Callable[[], str | None] = lambda: None
         self._calls_in_step = 0
-        self._state: dict[tuple[int, int, int], dict[str, Any]] = {}
+        self._state: dict[tuple[int, int, int, int], dict[str, Any]] = {}
         self._generators: dict[tuple[int, str], torch.Generator] = {}
         self._hooks: list[Any] = []
         self.on_clock(new_run=False)
@@ -64,6 +68,7 @@ class Run:
         if new_run:
             self.clear()
         clock = self.clock
+        self.timed = clock.running
         for slot, method in enumerate(self.methods):
             self.phases[slot] = method.phase(clock.index, clock.total)
 
@@ -73,8 +78,17 @@ class Run:
         self._generators.clear()
 
     def state_of(self, site: Site) -> dict[str, Any]:
-        """Memory of the running method at this site and branch."""
-        return self._state.setdefault((id(site), self.branch, site.slot), {})
+        """Memory of the running method at this site, branch and call."""
+        return self._state.setdefault((id(site), self.branch, site.slot, site.call), {})
+
+    def shared_of(self, site: Site) -> dict[str, Any]:
+        """Memory that the running method keeps for all sites of the root together, per branch."""
+        return self._state.setdefault((0, self.branch, site.slot, 0), {})
+
+    def states_of(self, site: Site, slot: int) -> dict[tuple[int, int], dict[str, Any]]:
+        """What the method in `slot` remembers at this site, by branch and call; to read after a run."""
+        found = self._state.items()
+        return {(b, c): d for (s, b, n, c), d in found if s == id(site) and n == slot}
 
     def generator_of(self, site: Site, device: torch.device | None) -> torch.Generator:
         """A generator seeded from the session seed and the site, never the global one."""
@@ -88,19 +102,31 @@ class Run:
 
     def install(self) -> None:
         """Hook the start and the end of the root's forward."""
+        self.enabled = True
         begin = self.root.begin or self.root.module
+        compiled = getattr(begin, "_compiled_call_impl", None)
+        if compiled is not None and begin is self.root.module:
+            self._hooks = [_AroundCompiled(begin, self._begin, self._end)]
+            return
         self._hooks = [
             begin.register_forward_pre_hook(_Hook(self._begin, _pass_pre), with_kwargs=True),
             self.root.module.register_forward_hook(_Hook(self._end, _pass_post)),
         ]
 
     def remove(self) -> None:
-        """Take both hooks off; order with other people's hooks does not matter."""
+        """Take both hooks off; order with other people's hooks does not matter.
+
+        What somebody else kept of ours (diffusers' `unfuse_qkv_projections` puts processors back) runs
+        the stock code from now on.
+        """
+        self.enabled = False
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
-    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not self.enabled:
             return
         if self.root.layout is not None:
@@ -115,15 +141,17 @@ class Run:
                 f"{replaced} was replaced after mmattn attached to it (fuse_qkv_projections and "
                 "set_attn_processor do that). Detach, make the change, then attach again."
             )
-        if self.clock.index is not None:
-            self.branch = self._calls_in_step
-            self._calls_in_step += 1
+        self.branch = self._calls_in_step if self.timed else 0
+        self._calls_in_step += 1
         self.forwards += 1
+        self.broken_off = self.root.begin is None  # until the end is reached
 
     def _end(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or not self.enabled or self.forwards != 1:
+        if torch.compiler.is_compiling() or not self.enabled:
             return
-        self.check_reached()
+        self.broken_off = False
+        if self.forwards == 1:
+            self.check_reached()
 
     def check_reached(self) -> None:
         """Raise unless every site of this root was executed.
@@ -140,6 +168,32 @@ class Run:
             )
 
 
+class _AroundCompiled:
+    """Stands outside the call that ``module.compile()`` made, where Python runs as written.
+
+    Forward hooks of such a module are traced, so they could neither read position ids nor count.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, begin: Callable[..., None], end: Callable[..., None]
+    ) -> None:
+        self.module, self.begin, self.end = module, begin, end
+        self.compiled: Callable[..., Any] = module.__dict__["_compiled_call_impl"]
+        self.ours = self.__call__  # one bound method, to be recognised when it is taken off
+        module.__dict__["_compiled_call_impl"] = self.ours
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.begin(self.module, args, kwargs)
+        output = self.compiled(*args, **kwargs)
+        self.end(self.module, args, output)
+        return output
+
+    def remove(self) -> None:
+        """Put the compiled call back, unless the module was compiled again meanwhile."""
+        if self.module.__dict__.get("_compiled_call_impl") is self.ours:
+            self.module.__dict__["_compiled_call_impl"] = self.compiled
+
+
 class _Hook:
     """A hook that turns into a no-op when the hooked model is copied or pickled."""
 
@@ -154,6 +208,20 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return _inert, (self.inert.__name__,)
+
+
+def removable_hook(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as a forward hook that copies and pickles of the hooked model do not run."""
+    return _Hook(function, _pass_post)
+
+
+def inert_hook(function: Callable[..., Any], *, pre: bool) -> Callable[..., Any]:
+    """`function` as a module hook that copies and pickles of the module do not run.
+
+    Args:
+        pre: True for a forward pre-hook with kwargs, False for a forward hook without.
+    """
+    return _Hook(function, _pass_pre if pre else _pass_post)
 
 
 def _pass_pre(module: Any, args: Any, kwargs: Any) -> None:

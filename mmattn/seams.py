@@ -22,6 +22,19 @@ from mmattn.runs import Run
 from mmattn.sites import Site
 
 _SDPA = "scaled_dot_product_attention"
+_INTERFACES = "ALL_ATTENTION_FUNCTIONS"
+_BIASES = ("position_bias", "softcap", "s_aux", "cu_seq_lens_q")
+
+
+class Opaque:
+    """A mask, or a term of the softmax, that only the host's own attention function can read.
+
+    Flash's 2-D padding masks and packed lengths, flex block masks, T5's position bias, soft caps and
+    sinks. Methods get it in place of `mask`; handing it back to `dense` runs the call unchanged.
+    """
+
+    def __init__(self, mask: Any, what: str) -> None:
+        self.mask, self.what = mask, what
 
 
 class Seam:
@@ -30,6 +43,7 @@ class Seam:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.here: Site | None = None
+        self.call = 0
         self._classes: dict[tuple[type, str], type] = {}
 
     # -- attention and heads ------------------------------------------------------------------
@@ -51,7 +65,8 @@ class Seam:
             return dense(q, k, v, mask=mask, scale=scale)
         start = 0 if torch.compiler.is_compiling() else time.perf_counter_ns()
         site.meter.tick()
-        site.causal = causal
+        site.causal, site.call = causal, self.call
+        self.call += 1
         if q.ndim != 4:
             out = self._folded(site, q, k, v, mask, scale, dropout, dense)
         else:
@@ -94,6 +109,11 @@ class Seam:
 
         site.slot, site.phase = slot, self.run.phases[slot]
         reason = _refusal(method, mask, site.causal, dropout)
+        if "clock" in method.needs and not self.run.timed:
+            reason = (
+                "the method needs the denoising step, and no run is in progress; attach to the "
+                "pipeline (after replacing its scheduler, if you do), or call session.step(i, n)"
+            )
         if reason is not None:
             if self.run.unsupported != "dense":
                 raise UnsupportedCall(
@@ -135,18 +155,18 @@ class Seam:
             mask: torch.Tensor | None = mask,
             scale: float | None = scale,
         ) -> torch.Tensor:
-            parts = [t.reshape(*lead, *t.shape[-2:]) for t in (q, k, v)]
-            out = dense(*parts, mask=mask, scale=scale)
-            return _to_4d(out)
+            q, k, v = (t.reshape(*lead, *t.shape[-2:]) for t in (q, k, v))
+            return _to_4d(dense(q, k, v, mask=mask, scale=scale))
 
-        four = [_to_4d(t) for t in (q, k, v)]
-        out = self._chain(site, 0, *four, mask, scale, dropout, unfolded)
+        q, k, v = _to_4d(q), _to_4d(k), _to_4d(v)
+        out = self._chain(site, 0, q, k, v, mask, scale, dropout, unfolded)
         return out.reshape(*lead, *out.shape[-2:])
 
     # -- tokens -------------------------------------------------------------------------------
 
     def enter(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         """Hidden states on their way into a block."""
+        site.call = 0
         for slot, method in site.token_methods:
             site.slot, site.phase = slot, self.run.phases[slot]
             x = method.enter(x, site=site)
@@ -154,6 +174,7 @@ class Seam:
 
     def leave(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         """Hidden states on their way out of a block, methods in reverse order."""
+        site.call = 0
         for slot, method in reversed(site.token_methods):
             site.slot, site.phase = slot, self.run.phases[slot]
             x = method.leave(x, site=site)
@@ -232,11 +253,57 @@ class Seam:
                     **rest,
                 )
 
-            return self.attention(
-                query, key, value, attn_mask, scale, is_causal, dropout_p, dense
-            )
+            return self.attention(query, key, value, attn_mask, scale, is_causal, dropout_p, dense)
 
         return scaled_dot_product_attention
+
+    def interface(self, original: Callable[..., Any], *, explicit: bool) -> Callable[..., Any]:
+        """Stand-in for one of transformers' attention functions (``[B, H, N, D]`` in, ``[B, N, H, D]`` out).
+
+        Args:
+            original: the function of the model's own `attn_implementation`.
+            explicit: True where causality is always in the mask (eager), False where a missing mask
+                means causal (sdpa and flash).
+        """
+
+        def attention_interface(
+            module: torch.nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: Any = None,
+            scaling: float | None = None,
+            dropout: float = 0.0,
+            **rest: Any,
+        ) -> tuple[torch.Tensor, Any]:
+            weights: list[Any] = [None]
+            given = _readable(attention_mask, rest)
+
+            def dense(
+                q: torch.Tensor,
+                k: torch.Tensor,
+                v: torch.Tensor,
+                *,
+                mask: Any,
+                scale: float | None,
+            ) -> torch.Tensor:
+                if isinstance(mask, Opaque):
+                    mask = mask.mask
+                # The keys may have been repeated for the method; the host must not do it again.
+                whole = k.shape[1] == q.shape[1] != key.shape[1]
+                caller = Proxy(module, num_key_value_groups=1) if whole else module
+                out, weights[0] = original(
+                    caller, q, k, v, mask, scaling=scale, dropout=dropout, **rest
+                )
+                return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+            flag = rest.get("is_causal")
+            flag = getattr(module, "is_causal", True) if flag is None else flag
+            causal = bool(flag) and not explicit and attention_mask is None and query.shape[2] > 1
+            out = self.attention(query, key, value, given, scaling, causal, dropout, dense)
+            return out.transpose(1, 2), weights[0]
+
+        return attention_interface
 
     def rebound(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
         """`function` with its attention call going through this seam, or None if it makes none."""
@@ -245,22 +312,30 @@ class Seam:
         if "dispatch_attention_fn" in used:
             original = table["dispatch_attention_fn"]
             return rebind(function, dispatch_attention_fn=self.dispatch(original))
+        if _INTERFACES in used:
+            return rebind(function, **{_INTERFACES: _Interfaces(self, table[_INTERFACES])})
         if _SDPA not in used:
             return None
         shim = self.sdpa(_stock_sdpa)
         if _SDPA in table:
             return rebind(function, **{_SDPA: shim})
         functional = Proxy(F, **{_SDPA: shim})
-        if "F" in used and table.get("F") is F:
-            return rebind(function, F=functional)
         nn = Proxy(torch.nn, functional=functional)
-        if "nn" in used and table.get("nn") is torch.nn:
-            return rebind(function, nn=nn)
-        if "torch" in used and table.get("torch") is torch:
-            return rebind(function, torch=Proxy(torch, nn=nn))
+        whole = Proxy(torch, nn=nn)
+        # Every spelling at once: the names in the code do not tell `torch.nn.x` from `nn.x`.
+        stands = {"F": (F, functional), "nn": (torch.nn, nn), "torch": (torch, whole)}
+        names = {n: ours for n, (real, ours) in stands.items() if table.get(n) is real}
+        if used & names.keys():
+            return rebind(function, **names)
         return None
 
     # -- classes ----------------------------------------------------------------------------------
+
+    def cached(self, key: tuple[type, str], make: Callable[[], type]) -> type:
+        """The class made for `key`, made once: sites of one kind share it, so they share a graph."""
+        if key not in self._classes:
+            self._classes[key] = make()
+        return self._classes[key]
 
     def attention_class(
         self, base: type, method: str, rebound: Callable[..., Any], *, tokens: bool = False
@@ -282,7 +357,7 @@ class Seam:
             def call(self: Any, *args: Any, **kwargs: Any) -> Any:
                 if not seam.run.enabled:
                     return stock(self, *args, **kwargs)
-                seam.here = self._mmattn_site
+                seam.here, seam.call = self._mmattn_site, 0
                 return rebound(self, *args, **kwargs)
 
         else:
@@ -293,7 +368,7 @@ class Seam:
                 if not seam.run.enabled:
                     return stock(self, *args, **kwargs)
                 site = self._mmattn_site
-                seam.here = site
+                seam.here, seam.call = site, 0
                 if "hidden_states" in kwargs:
                     kwargs["hidden_states"] = seam.enter(site, kwargs["hidden_states"])
                 else:
@@ -313,11 +388,39 @@ class Seam:
         return self.attention_class(base, "forward", base.forward, tokens=True)  # type: ignore[attr-defined]
 
 
-def _refusal(
-    method: Method, mask: torch.Tensor | None, causal: bool, dropout: float
-) -> str | None:
+class _Interfaces:
+    """Stands for transformers' table of attention functions; hands out seamed ones."""
+
+    def __init__(self, seam: Seam, table: Any) -> None:
+        self.seam, self.table = seam, table
+
+    def get_interface(self, implementation: str, default: Callable[..., Any]) -> Any:
+        original = self.table.get_interface(implementation, default)
+        return self.seam.interface(original, explicit=implementation in (None, "eager"))
+
+    def __getitem__(self, implementation: str) -> Any:
+        return self.seam.interface(self.table[implementation], explicit=implementation == "eager")
+
+
+def _readable(mask: Any, rest: dict[str, Any]) -> Any:
+    """`mask` when methods can read it (None or 4-D) and nothing else changes the softmax."""
+    for name in _BIASES:
+        if rest.get(name) is not None:
+            return Opaque(mask, f"a {name}")
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4):
+        return mask
+    return Opaque(mask, f"a mask of its own kind ({type(mask).__name__})")
+
+
+def _refusal(method: Method, mask: Any, causal: bool, dropout: float) -> str | None:
+    if isinstance(mask, Opaque):
+        if method.opaque or method.passive:
+            return None
+        return f"this attention implementation adds {mask.what}, which only itself can read"
     if mask is not None and not method.masks:
-        return f"the call has an attention mask {list(mask.shape)}, which this method does not honour"
+        return (
+            f"the call has an attention mask {list(mask.shape)}, which this method does not honour"
+        )
     if causal and not method.causal:
         return "the call is causal, which this method does not honour"
     if dropout > 0 and not method.observes and not method.passive:

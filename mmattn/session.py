@@ -19,6 +19,7 @@ from mmattn.planning import Plan
 from mmattn.report import Stats, collect, table
 from mmattn.runs import Run
 from mmattn.seams import Seam
+from mmattn.sites import Site
 
 
 class Session:
@@ -40,6 +41,15 @@ class Session:
         self._clocks = [SchedulerClock(s, self.clock) for s in plan.host.schedulers(plan.target)]
 
     # -- installing and undoing ----------------------------------------------------------------
+
+    def raise_if_clock_taken(self) -> None:
+        """Raise before anything is changed.
+
+        Raises:
+            ConflictError: when a scheduler of the target already drives another session's clock.
+        """
+        for clock in self._clocks:
+            clock.raise_if_taken()
 
     def _open(self) -> None:
         """Build every change first, then make them; undo all of them when one fails."""
@@ -111,7 +121,7 @@ class Session:
         self.detach()
         if error is None:
             for run in self.runs:
-                if run.forwards and run.sites:
+                if run.forwards and run.sites and not run.broken_off:
                     run.check_reached()
 
     # -- while attached ---------------------------------------------------------------------------
@@ -186,7 +196,9 @@ class Session:
         """
         path = Path(path)
         if path.suffix != ".json":
-            raise ConfigError(f"session.save writes JSON; give a path ending in .json, not {path.name}")
+            raise ConfigError(
+                f"session.save writes JSON; give a path ending in .json, not {path.name}"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return path
@@ -197,8 +209,11 @@ class Session:
         return f"<Session {names} on {type(self.plan.target).__name__}: {state}>"
 
 
-def _bind(site: Any, run: Run, names: list[str]) -> None:
+def _bind(site: Site, run: Run, names: list[str]) -> None:
     site.run = run
+    first = next(site.module.parameters(), None)
+    if first is not None:
+        site.meter.place(first.device)
     listed = [(slot, m) for slot, m in enumerate(run.methods) if m.name in names]
     # Observers see the call before and after everything else.
     listed.sort(key=lambda pair: not pair[1].observes)

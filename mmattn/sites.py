@@ -32,7 +32,9 @@ class Site:
         heads: number of query heads, or None when the module does not say.
         host, family: library and model class.
 
-    Live facts, valid inside a call: `layout`, `phase`, `causal`, `branch`, `state`.
+    Live facts, valid inside a call: `layout`, `phase`, `causal`, `branch`, `state`, and `call`, the
+    position of this attention call within the module's forward (Wan image-to-video attends to the
+    image first and the text second).
     """
 
     path: str
@@ -43,22 +45,23 @@ class Site:
     heads: int | None = None
     host: str = ""
     family: str = ""
-    call_form: str = "sdpa"
     token_module: torch.nn.Module | None = None
     tags: frozenset[str] = frozenset()
     run: Run | None = None
     attention: tuple[tuple[int, Method], ...] = ()
     head_methods: tuple[tuple[int, Method], ...] = ()
     token_methods: tuple[tuple[int, Method], ...] = ()
+    feature_methods: tuple[tuple[int, Method], ...] = ()
     phase: int | bool | None = None
     causal: bool = False
     slot: int = 0
+    call: int = 0
     meter: Meter = field(default_factory=lambda: Meter())
 
     @property
     def layout(self) -> Layout:
-        """Token layout of the running call; an empty one where the host knows none."""
-        layout = self.run.layout if self.run is not None else None
+        """Token layout of the running call; an empty one where the host knows none, or for text."""
+        layout = self.run.layout if self.run is not None and self.kind != "text" else None
         return layout if layout is not None else Layout()
 
     @property
@@ -68,9 +71,15 @@ class Site:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the running method keeps for this site and branch; cleared when a run starts."""
+        """What the running method keeps for this site, branch and call; cleared when a run starts."""
         assert self.run is not None
         return self.run.state_of(self)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the running method keeps for all sites of this model together, per branch."""
+        assert self.run is not None
+        return self.run.shared_of(self)
 
     def generator(self, device: torch.device | None = None) -> torch.Generator:
         """The session's own generator for this site; the global RNG is never consumed."""
@@ -93,16 +102,23 @@ class Meter:
 
     def __init__(self) -> None:
         self.reached = False
+        self.ticks = torch.zeros((), dtype=torch.int64)
         self.reset()
 
     def reset(self) -> None:
         """Back to zero; `reached` stays, it belongs to the attachment."""
         self.calls = 0
-        self.ticks = torch.zeros((), dtype=torch.int64)
+        self.ticks.zero_()
         self.nanoseconds = 0
         self.sums: dict[str, torch.Tensor | float] = {}
         self.counts: dict[str, int] = {}
         self.dense: dict[str, int] = {}
+
+    def place(self, device: torch.device) -> None:
+        """Count compiled calls on the device of the module, so that CUDA graphs stay possible."""
+        if device.type == "cuda":
+            self.ticks = torch.zeros((), dtype=torch.int64, device=device)
+            torch._dynamo.mark_static_address(self.ticks)
 
     def tick(self) -> None:
         """One call went through the seam."""

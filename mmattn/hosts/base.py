@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from mmattn.errors import DetachConflict
+from mmattn.errors import DetachConflict, UnsupportedCall
 from mmattn.rebind import SLOT
-from mmattn.runs import Root
+from mmattn.runs import Root, Run, removable_hook
 from mmattn.seams import Seam
 from mmattn.sites import Site
 
@@ -47,7 +47,9 @@ class Host(Protocol):
         """Schedulers whose steps drive the clock; empty where there is no denoising loop."""
         ...
 
-    def handles(self, root: Root, sites: list[Site], seam: Seam, seams: set[str]) -> Iterable[Handle]:
+    def handles(
+        self, root: Root, sites: list[Site], seam: Seam, seams: set[str]
+    ) -> Iterable[Handle]:
         """The changes that route `sites` of `root` through `seam`, for the seams in use."""
         ...
 
@@ -88,9 +90,62 @@ class ClassSwap:
         self._installed = False
 
 
-def named_sites(
-    module: torch.nn.Module, prefix: str = ""
-) -> Iterable[tuple[str, torch.nn.Module]]:
+class LogitsHook:
+    """Passes what a root returns through the ``logits`` seam of every method that has it.
+
+    The methods see the first planned site of the root, or, where they act at no site, one of kind
+    ``logits`` made for them.
+    """
+
+    def __init__(self, root: Root, sites: list[Site], run: Run) -> None:
+        self.root, self.run = root, run
+        self.site = sites[0] if sites else Site(root.name or "logits", "logits", root.module)
+        self.methods = [(i, m) for i, m in enumerate(run.methods) if "logits" in m.seams]
+        self._hook: Any = None
+
+    def install(self) -> None:
+        """Hook the root's output."""
+        if self.site not in self.run.sites:
+            self.site.run = self.run
+            self.run.sites.append(self.site)
+        self._hook = self.root.module.register_forward_hook(removable_hook(self._call))
+
+    def check(self) -> str | None:
+        """Nothing can replace a hook."""
+        return None
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _call(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if not self.run.enabled:
+            return None
+        if isinstance(output, torch.Tensor):
+            return self._through(output)
+        if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
+            return (self._through(output[0]), *output[1:])
+        if isinstance(getattr(output, "logits", None), torch.Tensor):
+            output.logits = self._through(output.logits)
+            return output
+        raise UnsupportedCall(
+            f"{self.root.name or 'the model'} returned a {type(output).__name__} without logits, and "
+            f"{self.methods[0][1].name} changes logits; call the model so that it returns them"
+        )
+
+    def _through(self, logits: torch.Tensor) -> torch.Tensor:
+        site = self.site
+        if site.kind == "logits":
+            site.meter.tick()
+        for slot, method in self.methods:
+            site.slot, site.phase = slot, self.run.phases[slot]
+            logits = method.logits(logits, site=site)
+        return logits
+
+
+def named_sites(module: torch.nn.Module, prefix: str = "") -> Iterable[tuple[str, torch.nn.Module]]:
     """Modules below `module` with their dotted paths under `prefix`, each instance once."""
     for path, child in module.named_modules():
         yield (f"{prefix}.{path}" if prefix and path else prefix or path), child

@@ -14,7 +14,7 @@ import torch
 from mmattn.errors import DetachConflict
 from mmattn.hosts.base import Handle, named_sites, number
 from mmattn.hosts.diffusers_families import family_of, kind_of
-from mmattn.rebind import SLOT, names_used
+from mmattn.rebind import SLOT, blank, names_used
 from mmattn.runs import Root
 from mmattn.seams import Seam
 from mmattn.sites import Site
@@ -37,14 +37,13 @@ class DiffusersHost:
         """The denoisers of a pipeline, or the model itself."""
         from diffusers import DiffusionPipeline
 
-        target = _unwrap(target)
         if not isinstance(target, DiffusionPipeline):
             return [self._root("", target)]
         components = {n: getattr(target, n, None) for n in _DENOISERS}
         return [
-            self._root(name, _unwrap(module))
+            self._root(name, module)
             for name, module in components.items()
-            if isinstance(_unwrap(module), torch.nn.Module)
+            if isinstance(module, torch.nn.Module)
         ]
 
     def schedulers(self, target: Any) -> list[Any]:
@@ -53,13 +52,18 @@ class DiffusersHost:
         steps = hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")
         return [scheduler] if steps else []
 
-    def _root(self, name: str, model: torch.nn.Module) -> Root:
+    def _root(self, name: str, outer: torch.nn.Module) -> Root:
+        # Hooks go on the compiled wrapper when there is one: outside the graph they see everything.
+        model = _unwrap(outer)
         family = family_of(model)
-        root = Root(name, model, layout=family.layout if family else None)
+        root = Root(name, outer, layout=family.layout if family else None)
         found = []
         for path, module in named_sites(model, name):
             processor = getattr(module, "processor", None)
-            if processor is None or not _seamable(type(processor)):
+            if processor is None:
+                continue
+            if not _seamable(type(processor)):
+                root.excluded[path] = _why_not(type(processor))
                 continue
             local = path[len(name) + 1 :] if name else path
             kind = kind_of(family, local, module)
@@ -71,7 +75,6 @@ class DiffusersHost:
                     heads=getattr(module, "heads", None),
                     host=self.name,
                     family=type(model).__name__,
-                    call_form="processor",
                     tags=frozenset() if family is None else family.tags,
                 )
             )
@@ -94,10 +97,8 @@ class _ProcessorSwap:
         cls = type(self.old)
         rebound = seam.rebound(cls.__call__)
         assert rebound is not None, "only seamable processors become sites"
-        swapped = seam.attention_class(
-            cls, "__call__", rebound, tokens=bool(site.token_methods)
-        )
-        self.new: Any = swapped.__new__(swapped)
+        swapped = seam.attention_class(cls, "__call__", rebound, tokens=bool(site.token_methods))
+        self.new: Any = blank(swapped)
         self.new.__dict__.update(self.old.__dict__)
         self.new.__dict__[SLOT] = site
         self._installed = False
@@ -133,9 +134,17 @@ class _ProcessorSwap:
 
 
 def _seamable(cls: type) -> bool:
-    call = cls.__dict__.get("__call__") or getattr(cls, "__call__", None)
-    used = names_used(call) if call is not None else frozenset()
+    used = names_used(cls.__call__) if callable(getattr(cls, "__call__", None)) else frozenset()  # noqa: B004
     return bool({"dispatch_attention_fn", "scaled_dot_product_attention"} & used)
+
+
+def _why_not(cls: type) -> str:
+    if "Linear" in cls.__name__:
+        return f"{cls.__name__} is linear attention, without a softmax to act on"
+    return (
+        f"{cls.__name__} calls neither dispatch_attention_fn nor scaled_dot_product_attention; "
+        "set another processor (AttnProcessor2_0) before attaching"
+    )
 
 
 def _unwrap(module: Any) -> Any:

@@ -1,7 +1,7 @@
 """Facts about diffusers model families that a call alone does not tell: text order, site kinds, grids.
 
 Each reader looks at the arguments of the running model call. Families that are missing here still
-work; their sites just have no token grid.
+work: their site kinds come from the attention modules, and their sites just have no token grid.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name:
 
 
 def _grid_from_ids(name: str) -> _Shape:
-    """Grid from position ids ``[N, A]`` or ``[B, N, A]``; the last two axes are row and column."""
+    """Grid from position ids ``[N, A]`` or ``[B, N, A]``; axes 1 and 2 are row and column.
+
+    Several images of one size (Kontext, Flux2 references) stack along T. Ids that do not spell out a
+    raster, and ids inside a traced call, whose values cannot be read, give no grid.
+    """
 
     def read(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
-        hidden = argument(args, kwargs, 0, "hidden_states")
         ids = kwargs.get(name)
-        if ids is None:
+        if ids is None or torch.compiler.is_compiling() or ids.is_meta:
             return None
-        if ids.ndim == 3:
-            ids = ids[0]
-        if torch.compiler.is_compiling() or ids.is_meta:
+        ids = (ids[0] if ids.ndim == 3 else ids)[:, 1:3].detach().cpu().long()
+        low, high = ids.amin(0), ids.amax(0)
+        y, x = (int(n) for n in high - low + 1)
+        if ids.shape[0] % (y * x):
             return None
-        axes = ids[:, 1:3].long()
-        size = [int(n) for n in axes.amax(0) - axes.amin(0) + 1]
-        tokens = hidden.shape[1]
-        if size[0] * size[1] == 0 or tokens % (size[0] * size[1]):
-            return None
-        return tokens // (size[0] * size[1]), size[0], size[1]
+        t = ids.shape[0] // (y * x)
+        raster = torch.cartesian_prod(torch.arange(y), torch.arange(x)).reshape(-1, 2) + low
+        return (t, y, x) if torch.equal(ids, raster.repeat(t, 1)) else None
 
     return read
 
@@ -77,11 +78,22 @@ def _grid_from_frames_first(model: torch.nn.Module, args: Any, kwargs: Any) -> G
     return hidden.shape[1] // pt, hidden.shape[3] // p, hidden.shape[4] // p
 
 
-def _grid_from_image(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid:
-    """``hidden_states [B, C, H, W]``."""
+def _grid_from_image(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid | None:
+    """``hidden_states [B, C, H, W]``; None for calls that pass packed patches ``[B, N, C]``."""
     hidden = argument(args, kwargs, 0, "hidden_states")
+    if hidden.ndim != 4:
+        return None
     patch = getattr(model.config, "patch_size", None) or 1
-    return 1, hidden.shape[-2] // patch, hidden.shape[-1] // patch
+    py, px = (patch, patch) if isinstance(patch, int) else patch[-2:]
+    return 1, hidden.shape[-2] // py, hidden.shape[-1] // px
+
+
+def _grid_from_even_captions(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid | None:
+    """Lumina2 packs each row's valid text before its image: one grid only when all rows have equal text."""
+    mask = argument(args, kwargs, 3, "encoder_attention_mask")
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return None
+    return _grid_from_image(model, args, kwargs) if mask.sum(1).unique().numel() == 1 else None
 
 
 def _grid_from_arguments(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid | None:
@@ -129,46 +141,84 @@ def _unet_grid(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid:
     return 1, sample.shape[-2], sample.shape[-1]
 
 
+def _no_grid(model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    """Sequences that mix history, references or several sizes."""
+    return None
+
+
 _ROTARY = frozenset({"rotary"})
 _ALL = r"."
+_IDS = Family(_reader(_grid_from_ids("img_ids"), "before"), _ALL, tags=_ROTARY)
+_VIDEO = Family(_reader(_grid_from_video, "none"), tags=_ROTARY)
+_IMAGE = Family(_reader(_grid_from_image, "none"))
+_UNET = Family(_reader(_unet_grid, "none", pyramid=True))
+_HUNYUAN_BLOCKS = r"^(single_)?transformer_blocks\."
+_HUNYUAN_TEXT = r"^(context_embedder|txt_in|byt5_in|context_refiner)"
+
 _FAMILIES: dict[str, Family] = {
-    "FluxTransformer2DModel": Family(_reader(_grid_from_ids("img_ids"), "before"), _ALL, tags=_ROTARY),
-    "ChromaTransformer2DModel": Family(
-        _reader(_grid_from_ids("img_ids"), "before"), _ALL, tags=_ROTARY
-    ),
-    "Flux2Transformer2DModel": Family(
-        _reader(_grid_from_ids("img_ids"), "before"), _ALL, tags=_ROTARY
-    ),
+    # Position ids in the call; [text, image].
+    "FluxTransformer2DModel": _IDS,
+    "Flux2Transformer2DModel": _IDS,
+    "ChromaTransformer2DModel": _IDS,
+    "BriaTransformer2DModel": _IDS,
+    "BriaFiboTransformer2DModel": _IDS,
+    "OvisImageTransformer2DModel": _IDS,
+    "LongCatImageTransformer2DModel": _IDS,
+    # Images.
     "SD3Transformer2DModel": Family(_reader(_grid_from_image, "after"), r"\.attn$"),
-    "PixArtTransformer2DModel": Family(_reader(_grid_from_image, "none")),
-    "SanaTransformer2DModel": Family(_reader(_grid_from_image, "none")),
-    "WanTransformer3DModel": Family(_reader(_grid_from_video, "none"), tags=_ROTARY),
-    "WanVACETransformer3DModel": Family(_reader(_grid_from_video, "none"), tags=_ROTARY),
-    "HunyuanVideoTransformer3DModel": Family(
-        _reader(_grid_from_video, "after"),
-        r"^(single_)?transformer_blocks\.",
-        r"^context_embedder\.",
-        _ROTARY,
+    "AuraFlowTransformer2DModel": Family(_reader(_grid_from_image, "before"), _ALL),
+    "CogView3PlusTransformer2DModel": Family(_reader(_grid_from_image, "before"), _ALL),
+    "CogView4Transformer2DModel": Family(_reader(_grid_from_image, "before"), _ALL, tags=_ROTARY),
+    "PRXTransformer2DModel": Family(_reader(_grid_from_image, "before"), _ALL, tags=_ROTARY),
+    "HiDreamImageTransformer2DModel": Family(
+        _reader(_grid_from_image, "after"), _ALL, tags=_ROTARY
     ),
-    "HunyuanVideo15Transformer3DModel": Family(
-        _reader(_grid_from_video, "after"),
-        r"^transformer_blocks\.",
-        r"^context_embedder",
-        _ROTARY,
+    "OmniGenTransformer2DModel": Family(_reader(_grid_from_image, "before"), _ALL, tags=_ROTARY),
+    "Lumina2Transformer2DModel": Family(
+        _reader(_grid_from_even_captions, "before"), r"^layers\.", r"^context_refiner\.", _ROTARY
     ),
-    "CogVideoXTransformer3DModel": Family(
-        _reader(_grid_from_frames_first, "before"), r"attn1$", tags=_ROTARY
-    ),
-    "LTXVideoTransformer3DModel": Family(_reader(_grid_from_arguments, "none"), tags=_ROTARY),
-    "MochiTransformer3DModel": Family(_reader(_grid_from_video, "after"), _ALL, tags=_ROTARY),
     "QwenImageTransformer2DModel": Family(
         _reader(_grid_from_img_shapes, "before"), _ALL, tags=_ROTARY
     ),
     "ZImageTransformer2DModel": Family(
         _reader(_grid_from_list, "after"), r"^layers\.", r"^context_refiner\.", _ROTARY
     ),
-    "UNet2DConditionModel": Family(_reader(_unet_grid, "none", pyramid=True)),
-    "UNet2DModel": Family(_reader(_unet_grid, "none", pyramid=True)),
+    "HunyuanImageTransformer2DModel": Family(
+        _reader(_grid_from_image, "after"), _HUNYUAN_BLOCKS, _HUNYUAN_TEXT, _ROTARY
+    ),
+    "PixArtTransformer2DModel": _IMAGE,
+    "SanaTransformer2DModel": _IMAGE,
+    "DiTTransformer2DModel": _IMAGE,
+    "HunyuanDiT2DModel": Family(_reader(_grid_from_image, "none"), tags=_ROTARY),
+    # Video.
+    "WanTransformer3DModel": _VIDEO,
+    "WanVACETransformer3DModel": _VIDEO,
+    "WanAnimateTransformer3DModel": _VIDEO,
+    "SkyReelsV2Transformer3DModel": _VIDEO,
+    "ChronoEditTransformer3DModel": _VIDEO,
+    "CosmosTransformer3DModel": _VIDEO,
+    "AllegroTransformer3DModel": _VIDEO,
+    "SanaVideoTransformer3DModel": _VIDEO,
+    "LTXVideoTransformer3DModel": Family(_reader(_grid_from_arguments, "none"), tags=_ROTARY),
+    "MochiTransformer3DModel": Family(_reader(_grid_from_video, "after"), _ALL, tags=_ROTARY),
+    "HunyuanVideoTransformer3DModel": Family(
+        _reader(_grid_from_video, "after"), _HUNYUAN_BLOCKS, _HUNYUAN_TEXT, _ROTARY
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        _reader(_grid_from_video, "after"), _HUNYUAN_BLOCKS, _HUNYUAN_TEXT, _ROTARY
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": Family(
+        _reader(_no_grid, "after"), _HUNYUAN_BLOCKS, _HUNYUAN_TEXT, _ROTARY
+    ),
+    "CogVideoXTransformer3DModel": Family(
+        _reader(_grid_from_frames_first, "before"), r"attn1$", tags=_ROTARY
+    ),
+    "ConsisIDTransformer3DModel": Family(
+        _reader(_grid_from_frames_first, "before"), r"attn1$", tags=_ROTARY
+    ),
+    # UNets.
+    "UNet2DConditionModel": _UNET,
+    "UNet2DModel": _UNET,
 }
 
 
@@ -186,8 +236,9 @@ def kind_of(family: Family | None, path: str, module: torch.nn.Module) -> str:
         return "text"
     if family is not None and re.search(family.joint, path):
         return "joint"
-    if getattr(module, "is_cross_attention", False) or re.search(r"attn2$|cross_attn", path):
+    crosses = getattr(module, "is_cross_attention", None)
+    if crosses is None:
+        crosses = re.search(r"attn2$|cross_attn", path) is not None
+    if crosses:
         return "cross"
-    if getattr(module, "add_q_proj", None) is not None:
-        return "joint"
-    return "self"
+    return "joint" if getattr(module, "add_q_proj", None) is not None else "self"

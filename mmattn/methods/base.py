@@ -11,6 +11,7 @@ import torch
 from mmattn.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
+    from mmattn.layout import Tile
     from mmattn.sites import Site
 
 Dense = Callable[..., torch.Tensor]
@@ -34,16 +35,18 @@ class Method:
         needs: facts that must be known at a call: ``grid``, ``clock``, ``image_tokens``.
         paper: title and arXiv id.
         training_free: False when the method needs trained weights of its own.
-        observes: True when it never changes the result, so it composes with anything.
+        observes: True when its `attend` never changes what the attention returns, so that it composes
+            with anything at the same site.
         masks, causal, grouped: whether `attend` honours a mask tensor, `site.causal`, and key/value
             tensors with fewer heads than the query. Where False the session raises `UnsupportedCall`
             (mask, causal) or repeats the key/value heads (grouped) before calling.
+        opaque: whether `attend` copes with a `seams.Opaque` in place of the mask.
     """
 
     name: ClassVar[str] = ""
     seams: ClassVar[tuple[str, ...]] = ("attention",)
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "transformers", "open_clip", "plain")
+    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "transformers", "open_clip", "torch")
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
     training_free: ClassVar[bool] = True
@@ -51,6 +54,7 @@ class Method:
     masks: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
+    opaque: ClassVar[bool] = False
 
     @property
     def passive(self) -> bool:
@@ -95,9 +99,18 @@ class Method:
         """``tokens`` seam, on the way out: hidden states ``[B, N, C]`` after the block."""
         return x
 
-    def features(self, features: torch.Tensor, *, grid: tuple[int, int], site: Site) -> torch.Tensor:
-        """``features`` seam: ``[M, C]`` image tokens of one image -> sorted indices ``[K]`` to keep."""
-        return torch.arange(features.shape[0], device=features.device)
+    @property
+    def twin(self) -> bool:
+        """True to have every prompt run a second time without its image tokens.
+
+        The twins are extra rows at the end of the prefill batch (`Layout.twins`), seen by every method
+        and dropped again before the language model returns.
+        """
+        return False
+
+    def features(self, tile: Tile, *, site: Site) -> torch.Tensor:
+        """``features`` seam: the image tokens of one tile -> indices ``[K]`` to keep, ascending."""
+        return torch.arange(tile.features.shape[0], device=tile.features.device)
 
     def logits(self, logits: torch.Tensor, *, site: Site) -> torch.Tensor:
         """``logits`` seam: model output ``[..., V]``."""

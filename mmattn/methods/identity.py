@@ -18,7 +18,7 @@ class Identity(Method):
 
     name: ClassVar[str] = "identity"
     seams: ClassVar[tuple[str, ...]] = ("attention", "heads", "tokens")
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint", "cross", "window", "text")
+    kinds: ClassVar[tuple[str, ...]] = ("self", "joint", "cross", "window", "channel", "text")
     paper: ClassVar[str] = "none"
     observes: ClassVar[bool] = True
     masks: ClassVar[bool] = True

@@ -1,0 +1,240 @@
+"""transformers: language, vision and vision-language models.
+
+Attention modules ask the table `ALL_ATTENTION_FUNCTIONS` for the function that their
+`attn_implementation` names. Each site's class gets a subclass whose forward, the stock code, sees a
+table that hands out the same functions with the seam around them. The config stays as it is, so masks
+are still made by the model for its own implementation and padding cannot get lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mmattn.errors import ConflictError, NoSiteError
+from mmattn.hosts.base import ClassSwap, Handle, named_sites, number
+from mmattn.hosts.transformers_features import Family, family_of
+from mmattn.hosts.transformers_language import Hooks, LanguageHook
+from mmattn.hosts.transformers_layout import (
+    ImageTokens,
+    heads_of,
+    is_tower,
+    kind_of,
+    own_softmax,
+    placeholders,
+    role_of,
+    seamable,
+    tag_of,
+    vision_layout,
+)
+from mmattn.runs import Root
+from mmattn.seams import Seam
+from mmattn.sites import Site
+
+
+@dataclass
+class Tower(Root):
+    """One tower of a model: its forward is the unit in which all of its sites must run.
+
+    Args:
+        role: ``vision``, ``qformer`` or ``language``.
+        tokens: image positions; the language tower of a vision-language model only.
+        fusion: the model that puts image features among the token embeddings.
+        family: how that model packs its image features; None where pruning is not known.
+        vision: sites of the vision tower that feeds this language tower.
+        prunable: whether any tower of the target has a `family`.
+    """
+
+    role: str = "language"
+    tokens: ImageTokens | None = None
+    fusion: torch.nn.Module | None = None
+    family: Family | None = None
+    vision: list[Site] = field(default_factory=list)
+    prunable: bool = False
+
+
+class TransformersHost:
+    """Adapter for `PreTrainedModel` objects, PEFT wrappers and transformers pipelines.
+
+    Sites are tagged ``vision``, ``decoder`` (causal, with a cache), ``text`` (encoders) or ``qformer``.
+    Vision sites carry more: ``output`` at the block whose output the language model gets, ``windowed``
+    and ``packed`` in Qwen towers, ``prunable`` where the features seam exists (LLaVA, LLaVA-NeXT,
+    Qwen2-VL, Qwen2.5-VL).
+
+    Decoder sites see the padding mask as the model made it, key and value heads not repeated, and
+    `Layout.image_mask` of the prompt, during decoding too.
+
+    With a features method the language model gets fewer tokens than `input_ids` has. `generate` returns
+    what it always returns; the logits and hidden states of a bare forward have the shorter length, so
+    a loss over `labels` cannot be computed while such a method is attached.
+    """
+
+    name = "transformers"
+
+    def claims(self, target: Any) -> bool:
+        """True for models, their compiled or PEFT wrappers, and pipelines."""
+        from transformers import PreTrainedModel
+
+        model = _model(target)
+        if not isinstance(model, torch.nn.Module):
+            return False
+        wrapped = type(model).__module__.startswith("peft.")
+        return isinstance(model, PreTrainedModel) or (
+            wrapped and any(isinstance(m, PreTrainedModel) for m in model.modules())
+        )
+
+    def schedulers(self, target: Any) -> list[Any]:
+        """None: there is no denoising loop."""
+        return []
+
+    def roots(self, target: Any) -> list[Root]:
+        """One root per tower that contains attention."""
+        target = _model(target)
+        modules = dict(named_sites(target))
+        towers: dict[str, Tower] = {}
+        for path, module in modules.items():
+            known, alone = seamable(module), own_softmax(module)
+            if not known and not alone:
+                continue
+            home = _owner(modules, path)
+            if home not in towers:
+                towers[home] = Tower(home, modules[home], role=role_of(modules[home]))
+            if known:
+                towers[home].sites.append(self._site(path, module, towers[home]))
+            else:
+                towers[home].excluded[path] = (
+                    f"{type(module).__name__} computes its softmax itself instead of asking "
+                    "transformers' table of attention functions"
+                )
+        for tower in towers.values():
+            number(tower.sites)
+            tower.layout = vision_layout if tower.role == "vision" else None
+        self._connect(modules, towers)
+        return list(towers.values())
+
+    def _site(self, path: str, module: torch.nn.Module, tower: Tower) -> Site:
+        return Site(
+            path=path,
+            kind=kind_of(path, module),
+            module=module,
+            heads=heads_of(module),
+            host=self.name,
+            family=type(tower.module).__name__,
+            tags=frozenset({tag_of(tower.role, module)}),
+        )
+
+    def _connect(self, modules: dict[str, torch.nn.Module], towers: dict[str, Tower]) -> None:
+        """Give language towers their image positions, and vision towers the tags that depend on use."""
+        for name, tower in towers.items():
+            if not any("decoder" in site.tags for site in tower.sites):
+                continue
+            fusion = _fusion(modules, name)
+            tower.tokens = ImageTokens(placeholders(getattr(fusion, "config", None)))
+            tower.layout = tower.tokens.layout
+            tower.fusion = fusion
+            tower.family = family_of(fusion)
+            if tower.family is not None:
+                eyes = tower.family.tower(fusion)
+                vision = next((t for t in towers.values() if t.module is eyes), None)
+                tower.vision = vision.sites if vision is not None else []
+        prunable = any(tower.family is not None for tower in towers.values())
+        for tower in towers.values():
+            tower.prunable = prunable
+            if tower.role == "vision":
+                _tag_vision(tower, [t for t in towers.values() if t.vision is tower.sites])
+
+    def handles(
+        self, root: Root, sites: list[Site], seam: Seam, seams: set[str]
+    ) -> Iterable[Handle]:
+        """A class swap per site, and hooks around the language model of a vision-language model."""
+        assert isinstance(root, Tower)
+        made: list[Handle] = []
+        for site in list(sites):
+            rebound = seam.rebound(type(site.module).forward)
+            assert rebound is not None, "only seamable modules become sites"
+            tokens = bool(site.token_methods)
+            cls = seam.attention_class(type(site.module), "forward", rebound, tokens=tokens)
+            made.append(ClassSwap(site.module, cls, site, site.path))
+        features = [(i, m) for i, m in enumerate(seam.run.methods) if "features" in m.seams]
+        if features and not root.prunable:
+            raise NoSiteError(
+                f"{features[0][1].name} prunes image tokens between the vision tower and the language "
+                "model, which mmattn knows for LLaVA, LLaVA-NeXT, Qwen2-VL and Qwen2.5-VL. This target "
+                f"has no such place; its towers are {type(root.module).__name__} and the like. Attach "
+                "to the whole vision-language model."
+            )
+        if len(features) > 1:
+            names = " and ".join(m.name for _, m in features)
+            raise ConflictError(f"{names} both prune the image tokens; attach one of them.")
+        if root.tokens is None:
+            return made
+        twin = any(m.twin for site in sites for _, m in (*site.attention, *site.head_methods))
+        if root.tokens.ids:
+            embedding: Any = root.module.get_input_embeddings()  # type: ignore[operator]
+            made.append(Hooks(before=[(embedding, root.tokens.see)]))
+        if root.family is not None and root.fusion is not None and features:
+            slot, method = features[0]
+            place = Site(
+                path=f"{root.name}.image_tokens" if root.name else "image_tokens",
+                kind="features",
+                module=root.module,
+                host=self.name,
+                family=type(root.fusion).__name__,
+                run=seam.run,
+                slot=slot,
+                feature_methods=((slot, method),),
+            )
+            sites.append(place)
+            made.append(LanguageHook(root, seam.run, root.tokens, place, twin=twin))
+        elif twin:
+            made.append(LanguageHook(root, seam.run, root.tokens, None, twin=True))
+        return made
+
+
+def _model(target: Any) -> Any:
+    """The model behind a pipeline or a compiled wrapper."""
+    from transformers import Pipeline
+
+    target = target.model if isinstance(target, Pipeline) else target
+    return getattr(target, "_orig_mod", target)
+
+
+def _owner(modules: dict[str, torch.nn.Module], path: str) -> str:
+    """Path of the innermost tower around `path`."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in modules and is_tower(modules[path]):
+            return path
+    return ""
+
+
+def _fusion(modules: dict[str, torch.nn.Module], name: str) -> torch.nn.Module | None:
+    """The innermost model around a language tower whose config knows image placeholders."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(modules.get(name), "config", None)
+        if config is not None and placeholders(config):
+            return modules[name]
+    return None
+
+
+def _tag_vision(tower: Tower, languages: list[Tower]) -> None:
+    depth = len(tower.sites)
+    full = getattr(tower.module, "fullatt_block_indexes", None)
+    output, extra = depth - 1, set()
+    for language in languages:
+        assert language.family is not None and language.fusion is not None
+        output = language.family.output(language.fusion, depth)
+        extra.add("prunable")
+    for i, site in enumerate(tower.sites):
+        tags = set(site.tags) | extra
+        if i == output:
+            tags.add("output")
+        if hasattr(tower.module, "spatial_merge_size"):
+            tags.add("packed")
+        if full is not None and i not in full:
+            tags.add("windowed")
+        site.tags = frozenset(tags)

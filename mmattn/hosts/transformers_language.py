@@ -1,0 +1,353 @@
+"""What happens around the language model of a vision-language model: dropped tokens and twin rows.
+
+Image tokens are dropped in a hook right before the language model, where the prompt is already
+embeddings. `generate` keeps counting in full-length ids, masks and positions, so while decoding the same
+hook takes the dropped columns out of what it passes.
+
+Positions follow the family: one-dimensional ids are renumbered without gaps (LLaVA), Qwen's three
+M-RoPE rows keep the coordinates of the full image, and its text row has no gaps, because a gap there
+would be read as the border of a packed sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmattn.errors import UnsupportedCall
+from mmattn.hosts.transformers_layout import ImageTokens, argument, past_length
+from mmattn.layout import Tile
+from mmattn.runs import Run, inert_hook
+from mmattn.sites import Site
+
+if TYPE_CHECKING:
+    from mmattn.hosts.transformers import Tower
+
+_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
+
+
+class Hooks:
+    """Forward hooks on several modules as one handle; copies of the modules get inert ones."""
+
+    def __init__(
+        self,
+        before: list[tuple[torch.nn.Module, Callable[..., Any]]],
+        after: list[tuple[torch.nn.Module, Callable[..., Any]]] | None = None,
+    ) -> None:
+        self.before, self.after = before, after or []
+        self._installed: list[Any] = []
+
+    def install(self) -> None:
+        """Register the hooks."""
+        for module, hook in self.before:
+            made = module.register_forward_pre_hook(inert_hook(hook, pre=True), with_kwargs=True)
+            self._installed.append(made)
+        for module, hook in self.after:
+            self._installed.append(module.register_forward_hook(inert_hook(hook, pre=False)))
+
+    def check(self) -> str | None:
+        """None: nobody can replace a hook."""
+        return None
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._installed:
+            hook.remove()
+        self._installed = []
+
+
+@dataclass
+class Cut:
+    """Which columns of a prompt were dropped.
+
+    Args:
+        index: ``[B, K]`` columns that are left, in order.
+        pad: ``[B, K]`` True where a row has fewer than K tokens left; such columns come first.
+        shift: ``[B, N]`` how many columns before each column were dropped.
+    """
+
+    index: torch.Tensor
+    pad: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, keep: torch.Tensor) -> Cut:
+        """From ``keep [B, N]`` bool."""
+        order = torch.argsort(keep.int(), dim=1, stable=True)
+        index = order[:, keep.shape[1] - int(keep.sum(1).max()) :]
+        return cls(index, ~keep.gather(1, index), (~keep).int().cumsum(1))
+
+    @property
+    def length(self) -> int:
+        """Columns before the cut."""
+        return self.shift.shape[1]
+
+    def columns(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, N]`` -> ``[B, K]``."""
+        return x.expand(self.index.shape[0], -1).gather(1, self.index)
+
+
+class LanguageHook(Hooks):
+    """Drops image tokens before the language model, and adds twin rows, where methods ask for it.
+
+    Args:
+        tower: the language tower.
+        run: its run.
+        tokens: where the image tokens are.
+        place: site of the features method, or None when none is attached.
+        twin: whether a method wants twins.
+    """
+
+    def __init__(
+        self, tower: Tower, run: Run, tokens: ImageTokens, place: Site | None, *, twin: bool
+    ) -> None:
+        self.tower, self.run, self.tokens = tower, run, tokens
+        self.place, self.twin = place, twin
+        self.cut: Cut | None = None
+        self._call: dict[str, Any] = {}
+        self._features: torch.Tensor | None = None
+        before: list[tuple[torch.nn.Module, Callable[..., Any]]] = [(tower.module, self._enter)]
+        after: list[tuple[torch.nn.Module, Callable[..., Any]]] = [(tower.module, self._leave)]
+        if place is not None:
+            assert tower.fusion is not None and tower.family is not None
+            before.append((tower.fusion, self._fuse))
+            after.append((tower.family.projector(tower.fusion), self._project))
+        super().__init__(before, after)
+
+    def _fuse(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call, self._features = dict(kwargs), None
+
+    def _project(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if self.tower.family is not None and not torch.compiler.is_compiling():
+            self._features = self.tower.family.tokens(self.tower.fusion, output)
+
+    def _enter(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.run.enabled:
+            return None
+        if torch.compiler.is_compiling():
+            raise UnsupportedCall(
+                "Dropping image tokens and running prompts twice change the shape of the prompt and "
+                "cannot be traced. Compile the decoder layers or the vision tower, not the whole model."
+            )
+        if self.place is not None:
+            self.place.meter.reached = True
+        self.tokens.twins = 0
+        past, kwargs = past_length(kwargs), dict(kwargs)
+        if past:
+            return args, self._decode(kwargs, past)
+        self.cut = None
+        mask = self.tokens.take(args, kwargs)
+        self.tokens.put(mask)
+        if mask is None or kwargs.get("inputs_embeds") is None or not bool(mask.any()):
+            self._call, self._features = {}, None
+            return None
+        if self.place is not None:
+            mask = self._prune(kwargs, mask)
+        self._call, self._features = {}, None
+        if self.twin:
+            self._add_twins(kwargs, mask)
+        return args, kwargs
+
+    # -- dropping -----------------------------------------------------------------------------
+
+    def _prune(self, kwargs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
+        assert self.place is not None
+        try:
+            _refuse(kwargs, mask)
+            keep = self._choose(mask)
+        except UnsupportedCall as error:
+            if self.run.unsupported != "dense":
+                raise
+            self.place.meter.fell_back(str(error))
+            return mask
+        if bool(keep.all()):
+            return mask
+        cut = self.cut = Cut.of(keep)
+        embeds = kwargs["inputs_embeds"]
+        index = cut.index.unsqueeze(-1).expand(-1, -1, embeds.shape[-1])
+        kwargs["inputs_embeds"] = embeds.gather(1, index).masked_fill(cut.pad.unsqueeze(-1), 0)
+        padding = kwargs.get("attention_mask")
+        if padding is None and bool(cut.pad.any()):
+            padding = mask.new_ones(mask.shape, dtype=torch.long)
+        if padding is not None:
+            kwargs["attention_mask"] = cut.columns(padding).masked_fill(cut.pad, 0)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = _cut_positions(cut, kwargs["position_ids"])
+        if kwargs.get("cache_position") is not None:
+            kwargs["cache_position"] = kwargs["cache_position"][: cut.index.shape[1]]
+        left = cut.columns(mask) & ~cut.pad
+        self.tokens.put(left)
+        return left
+
+    def _choose(self, mask: torch.Tensor) -> torch.Tensor:
+        """Columns to keep, ``[B, N]``, after asking the method tile by tile."""
+        place, fusion, family = self.place, self.tower.fusion, self.tower.family
+        assert place is not None and family is not None
+        features, call = self._features, self._call
+        if features is None:
+            raise UnsupportedCall(
+                "The prompt has image tokens, but the vision tower did not run in the same call "
+                "(precomputed features?). Pass pixel_values so that the tokens can be chosen."
+            )
+        slot, method = place.feature_methods[0]
+        place.slot, place.phase = slot, self.run.phases[slot]
+        place.meter.tick()
+        images = family.images(fusion, call, features)
+        tower = tuple(s for s in self.tower.vision if any(m is method for _, m in s.attention))
+        for site in tower:
+            site.slot, site.call = next(i for i, m in site.attention if m is method), 0
+        kept = torch.zeros(features.shape[:-1].numel(), dtype=torch.bool, device=mask.device)
+        flat = features.reshape(-1, features.shape[-1])
+        for image in images:
+            for first, (y, x) in image.tiles:
+                span = slice(first, first + y * x)
+
+                def gather(values: Any, span: slice = span) -> torch.Tensor:
+                    return family.per_token(fusion, call, features, values)[span]
+
+                tile = Tile(flat[span], (y, x), len(image.tiles), tower, gather)
+                kept[first + method.features(tile, site=place)] = True
+        spans = [(p.source < 0) | kept[p.source.clamp(min=0)] for p in images]
+        keep = _by_row(mask, spans)
+        place.note("of", int(mask.sum()) / mask.shape[0])
+        place.note("kept", int((keep & mask).sum()) / mask.shape[0])
+        return keep
+
+    def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
+        cut, embeds = self.cut, kwargs.get("inputs_embeds")
+        if cut is None or embeds is None:
+            return kwargs
+        rows, steps = embeds.shape[:2]
+        if rows != cut.index.shape[0]:
+            raise UnsupportedCall(
+                f"The prompt had {cut.index.shape[0]} rows and this step has {rows}; image tokens were "
+                "dropped row by row, so the batch must stay as it was."
+            )
+        extra = cut.length - cut.index.shape[1]
+        padding = kwargs.get("attention_mask")
+        if padding is None and bool(cut.pad.any()):
+            padding = cut.index.new_ones(rows, past + extra + steps)
+        if padding is not None and (
+            not isinstance(padding, torch.Tensor) or padding.shape != (rows, past + extra + steps)
+        ):
+            raise UnsupportedCall(
+                "Image tokens were dropped, so a step needs the attention mask of the full prompt, "
+                f"[{rows}, {past + extra + steps}] or None; found "
+                f"{getattr(padding, 'shape', type(padding).__name__)}. Use a dynamic cache."
+            )
+        if padding is not None:
+            prompt = cut.columns(padding[:, : cut.length]).masked_fill(cut.pad, 0)
+            kwargs["attention_mask"] = torch.cat([prompt, padding[:, cut.length :]], dim=1)
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.ndim == 2:
+            kwargs["position_ids"] = positions - cut.shift[:, -1:]
+        elif positions is not None and positions.shape[0] == 4:
+            kwargs["position_ids"] = torch.cat([positions[:1] - cut.shift[:, -1:], positions[1:]])
+        elif positions is not None and _derived(self._call):
+            # Qwen derived them from the length of the cache, which is short by what was dropped.
+            kwargs["position_ids"] = positions + extra
+        if kwargs.get("cache_position") is not None:
+            kwargs["cache_position"] = kwargs["cache_position"] - extra
+        return kwargs
+
+    # -- twins --------------------------------------------------------------------------------
+
+    def _add_twins(self, kwargs: dict[str, Any], mask: torch.Tensor) -> None:
+        _refuse(kwargs, mask)
+        embeds, padding = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        padding = torch.ones_like(mask, dtype=torch.long) if padding is None else padding
+        if not bool(padding[:, -1].all()):
+            raise UnsupportedCall(
+                "The prompt is padded on the right, so its last token is not in the last column. "
+                "Pad on the left, as for generation."
+            )
+        text = padding.bool() & ~mask
+        order = torch.argsort(text.int(), dim=1, stable=True)
+        real = text.gather(1, order)
+        index = order.unsqueeze(-1).expand_as(embeds)
+        twins = embeds.gather(1, index).masked_fill(~real.unsqueeze(-1), 0)
+        kwargs["inputs_embeds"] = torch.cat([embeds, twins])
+        kwargs["attention_mask"] = torch.cat([padding, real.to(padding.dtype)])
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(mask.shape[1], device=mask.device).unsqueeze(0)
+        positions = positions.expand(*positions.shape[:-2], *mask.shape)
+        alone = (real.long().cumsum(1) - 1).clamp(min=0).expand_as(positions)
+        kwargs["position_ids"] = torch.cat([positions, alone], dim=-2)
+        self.tokens.put(torch.cat([mask, torch.zeros_like(mask)]), twins=mask.shape[0])
+
+    def _leave(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        rows = self.tokens.twins
+        if not rows or not self.run.enabled:
+            return None
+        self.tokens.twins = 0
+        assert self.tokens.mask is not None
+        self.tokens.mask = self.tokens.mask[:rows]
+        return _first_rows(output, rows)
+
+
+def _derived(call: dict[str, Any]) -> bool:
+    return call.get("position_ids") is None and call.get("attention_mask") is None
+
+
+def _refuse(kwargs: dict[str, Any], mask: torch.Tensor) -> None:
+    padding = kwargs.get("attention_mask")
+    if padding is not None and not (isinstance(padding, torch.Tensor) and padding.ndim == 2):
+        raise UnsupportedCall(
+            "The attention mask was already made for the full prompt "
+            f"({type(padding).__name__}, as for a static cache); use a dynamic cache and a 2-D mask."
+        )
+    cache = argument((), kwargs, 0, "cache", "past_key_values")
+    if getattr(cache, "is_compileable", False):
+        raise UnsupportedCall("A static cache has the prompt's full length; use a dynamic cache.")
+    for name, value in kwargs.items():
+        if name in _KNOWN or not isinstance(value, torch.Tensor):
+            continue
+        if value.ndim > 1 and value.shape[:2] == mask.shape:
+            raise UnsupportedCall(
+                f"The language model gets {name} {list(value.shape)} per token, which mmattn does "
+                "not know how to shorten."
+            )
+
+
+def _cut_positions(cut: Cut, positions: torch.Tensor) -> torch.Tensor:
+    """``[B, N]``, or M-RoPE ``[3 or 4, B, N]`` where only a leading text row is renumbered."""
+    plain = positions if positions.ndim == 2 else positions[0]
+    plain = cut.columns(plain) - cut.columns(cut.shift)
+    if positions.ndim == 2:
+        return plain
+    rows = torch.stack([cut.columns(p) for p in positions])
+    return torch.cat([plain.unsqueeze(0), rows[1:]]) if positions.shape[0] == 4 else rows
+
+
+def _by_row(mask: torch.Tensor, spans: list[torch.Tensor]) -> torch.Tensor:
+    """Put the kept flags of each image, in prompt order, where its tokens are."""
+    held = sum(span.numel() for span in spans)
+    if held != int(mask.sum()):
+        raise UnsupportedCall(
+            f"The prompt has {int(mask.sum())} image tokens and the images make {held}."
+        )
+    keep = torch.ones_like(mask)
+    keep[mask] = torch.cat(spans).to(mask.device)
+    return keep
+
+
+def _first_rows(output: Any, rows: int) -> Any:
+    """A language model's output without the rows after `rows`, its cache included."""
+    if isinstance(output, torch.Tensor):
+        return output[:rows]
+    if isinstance(output, tuple):
+        return tuple(_first_rows(o, rows) for o in output)
+    if hasattr(output, "batch_select_indices"):
+        if output.get_seq_length():
+            output.batch_select_indices(torch.arange(rows))
+        return output
+    if isinstance(output, dict):
+        for key in list(output):
+            output[key] = _first_rows(output[key], rows)
+    return output

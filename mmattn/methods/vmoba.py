@@ -1,0 +1,260 @@
+"""VMoBA: each video query attends to its own chunk of tokens and to the chunks most like it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from mmattn.layout import Grid
+from mmattn.methods import _vmoba_select as chunks
+from mmattn.methods._calls import image_tokens, key_mask, masked_like, no_clock, same_length
+from mmattn.methods.base import Dense, Method, require
+from mmattn.sites import Site
+
+_MASK_ENTRIES = 1 << 24
+"""Largest token mask built at once (entries over batch, heads, queries and keys)."""
+
+
+@dataclass(frozen=True)
+class VMoBA(Method):
+    """Block-sparse attention whose chunks are runs of frames, windows and cuboids in turn.
+
+    Layer ``l`` uses 1-D chunks (whole frames) when ``l % 3 == 0``, 2-D windows over all frames when it
+    is 1, and 3-D cuboids when it is 2. A query scores a chunk by its dot product with the chunk's mean
+    key, keeps its own chunk, and adds others: the `topk` best, or the fewest that reach `threshold`.
+    "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", arXiv 2506.23858.
+
+    The paper's training-free numbers use ``pool="query_head", select="topk"``; its full method,
+    ``head_global`` with ``threshold=0.25``, was fine-tuned and makes videos tremble without training.
+    The authors see a gain only above some 33 000 tokens. Compared with dense attention and, in the
+    tests, with random chunks of equal density.
+
+    Deviations: pools are taken per batch item, so CFG in one batch equals two calls; ``topk=1`` means own
+    chunks only (officially it silently runs dense); thresholds nobody can reach keep everything. The last
+    two follow the official code with ``compat=True``. Text tokens, which the paper's models do not have
+    in the sequence, are not chunked: as keys every query sees them, as queries they stay dense. Execution
+    here is masked attention over blocks of queries: exact and of bounded memory, but it saves no time.
+
+    Args:
+        temporal: frames per 1-D chunk, a fraction of a frame allowed; None: an eighth of the video,
+            rounded up to whole frames (rows for an image). The last chunk may be shorter.
+        spatial: rows and columns of a 2-D chunk; must divide the grid. None: the smallest divisors that
+            cut each axis into at most 8.
+        cuboid: frames, rows and columns of a 3-D chunk; must divide the grid. None: at most 3 pieces in
+            time and 6 along rows and columns.
+        select: ``"topk"`` or ``"threshold"``; None follows whichever value is given, threshold otherwise.
+        pool: over what chunks compete: ``query_head``, ``head_global``, ``overall``, or ``block``
+            (threshold only).
+        topk: chunks per query, own included, one number or one per pattern (1-D, 2-D, 3-D); None:
+            a quarter of the chunks, rounded up, which is the paper's 2/6/18 of 7/24/72. As many as there
+            are chunks, or more, is dense attention (bitwise).
+        threshold: share of min-max-normalised similarity to reach; None: 0.25. Above 1 it is dense
+            attention (bitwise).
+        dense_share: first share of the steps that run dense, ``step < floor(dense_share * total)``;
+            0 needs no clock.
+        dense_layers: first layers that run dense; they still count in the 1-D/2-D/3-D cycle.
+        compat: reproduce two quirks of the official code (above); for oracle tests.
+
+    Shapes:
+        ``q, k, v [B, H, N, D]``; gate and choice ``[B, H, S, C]`` for S image tokens and C chunks.
+
+    Raises:
+        UnsupportedCall: no grid, a box that does not divide it, queries and keys of different length, or a
+            mask that is not of whole keys.
+        ConfigError: contradicting knobs, or `dense_share` without a step clock.
+    """
+
+    name: ClassVar[str] = "vmoba"
+    seams: ClassVar[tuple[str, ...]] = ("attention",)
+    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
+    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "torch")
+    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
+    paper: ClassVar[str] = "VMoBA, arXiv 2506.23858"
+    masks: ClassVar[bool] = True
+
+    temporal: float | None = None
+    spatial: tuple[int, int] | None = None
+    cuboid: tuple[int, int, int] | None = None
+    select: str | None = None
+    pool: str = "head_global"
+    topk: int | tuple[int, int, int] | None = None
+    threshold: float | None = None
+    dense_share: float = 0.25
+    dense_layers: int = 0
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the knobs."""
+        require(
+            self.select in (None, "topk", "threshold"),
+            f"select is 'topk' or 'threshold', got {self.select!r}",
+        )
+        given = [n for n in ("topk", "threshold") if getattr(self, n) is not None]
+        require(
+            not given or given == [self.select or given[0]],
+            f"select={self.select!r} contradicts the values given for {given}; give the one you want",
+        )
+        require(self.pool in chunks.POOLS, f"pool is one of {chunks.POOLS}, got {self.pool!r}")
+        require(
+            self.pool != "block" or self.selection == "threshold",
+            "pool='block' exists only with select='threshold'",
+        )
+        ks = self.topk if isinstance(self.topk, tuple) else (self.topk,) * 3
+        require(
+            len(ks) == 3 and all(k is None or k >= 1 for k in ks),
+            f"topk is a number >= 1 or three of them, got {self.topk!r}",
+        )
+        require(
+            self.threshold is None or self.threshold >= 0,
+            f"threshold must not be negative, got {self.threshold}",
+        )
+        for knob, count in (("spatial", 2), ("cuboid", 3)):
+            box = getattr(self, knob)
+            require(
+                box is None or (len(box) == count and all(e >= 1 for e in box)),
+                f"{knob} is {count} positive sizes, got {box!r}",
+            )
+        require(
+            self.temporal is None or self.temporal > 0,
+            f"temporal must be positive, got {self.temporal}",
+        )
+        require(0 <= self.dense_share <= 1, f"dense_share lies in [0, 1], got {self.dense_share}")
+        require(self.dense_layers >= 0, f"dense_layers must be >= 0, got {self.dense_layers}")
+
+    @property
+    def selection(self) -> str:
+        """``topk`` or ``threshold``, after `select` is resolved."""
+        return self.select or ("topk" if self.topk is not None else "threshold")
+
+    def phase(self, step: int | None, total: int | None) -> bool | None:
+        """True in the sparse steps, False in the dense first ones."""
+        if self.dense_share == 0:
+            return True
+        if step is None or total is None:
+            return None
+        return step >= int(self.dense_share * total + 1e-9)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        site: Site,
+        dense: Dense,
+    ) -> torch.Tensor:
+        """Sparse attention for image queries, dense attention for text queries."""
+        if site.phase is None:
+            raise no_clock(self.name, f"dense_share={self.dense_share}", "dense_share=0")
+        if not site.phase:
+            return self._dense(q, k, v, site, dense, "one of the first steps (dense_share)")
+        if site.index < self.dense_layers:
+            return self._dense(q, k, v, site, dense, "one of the first layers (dense_layers)")
+        same_length(q, k)
+        keys = key_mask(mask)
+        grid, image = image_tokens(site, q.shape[2])
+        chunk = self.chunk(site.index % 3, grid)
+        count = chunks.count_chunks(grid, chunk)
+        if self._keeps_all(site.index % 3, count):
+            return self._dense(q, k, v, site, dense, "the settings keep every chunk")
+
+        ids = chunks.chunk_ids(grid, chunk, q.device)
+        own = ids[:, None] == torch.arange(count, device=q.device)
+        chosen = self.choose(q[:, :, image], k[:, :, image], own, site.index % 3)
+        total, inside = k.shape[2], image.stop - image.start
+        kept = chunks.density_of(chosen, own.sum(0)) * inside * inside
+        site.note("density", (kept + total * total - inside * inside) / (total * total))
+
+        out = _masked(q[:, :, image], k, v, chosen, ids, image, keys, scale)
+        parts = [out]
+        if image.start:
+            parts.insert(0, dense(q[:, :, : image.start], k, v))
+        if image.stop < total:
+            parts.append(dense(q[:, :, image.stop :], k, v))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def chunk(self, pattern: int, grid: Grid) -> Grid | int:
+        """The chunk of layer pattern 0 (1-D), 1 (2-D) or 2 (3-D): a box, or a number of tokens."""
+        return chunks.cuboid_of(
+            pattern,
+            grid,
+            chunks.default_temporal(grid) if self.temporal is None else self.temporal,
+            chunks.default_spatial(grid) if self.spatial is None else self.spatial,
+            chunks.default_cuboid(grid) if self.cuboid is None else self.cuboid,
+        )
+
+    def choose(
+        self, q: torch.Tensor, k: torch.Tensor, own: torch.Tensor, pattern: int
+    ) -> torch.Tensor:
+        """Chunks each query attends to, bool ``[B, H, S, C]``.
+
+        Args:
+            q, k: image queries and keys ``[B, H, S, D]``.
+            own: bool ``[S, C]``, True where the token is in the chunk.
+            pattern: 0, 1 or 2 for 1-D, 2-D or 3-D chunks.
+        """
+        scores = chunks.gate(q, k, own.float())
+        if self.selection == "topk":
+            k_chunks = self._k(pattern, own.shape[1])
+            return chunks.choose_topk(scores, own, self.pool, k_chunks)
+        threshold = 0.25 if self.threshold is None else self.threshold
+        return chunks.choose_threshold(scores, own, self.pool, threshold, compat=self.compat)
+
+    def _k(self, pattern: int, count: int) -> int:
+        if self.topk is None:
+            return -(-count // 4)
+        return self.topk[pattern] if isinstance(self.topk, tuple) else self.topk
+
+    def _keeps_all(self, pattern: int, count: int) -> bool:
+        if count == 1:
+            return True
+        if self.selection == "topk":
+            k = self._k(pattern, count)
+            return k >= count or (self.compat and k == 1 and self.pool == "query_head")
+        buggy = self.compat and self.pool in ("query_head", "block")
+        return self.threshold is not None and self.threshold > 1 and not buggy
+
+    def _dense(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        site: Site,
+        dense: Dense,
+        reason: str,
+    ) -> torch.Tensor:
+        site.meter.fell_back(reason)
+        site.note("density", 1.0)
+        return dense(q, k, v)
+
+
+def _masked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: torch.Tensor,
+    ids: torch.Tensor,
+    image: slice,
+    keys: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """SDPA of image queries ``[B, H, S, D]`` over chosen chunks and all text keys, block by block."""
+    b, h, s, _ = q.shape
+    total = k.shape[2]
+    step = max(1, _MASK_ENTRIES // (b * h * total))
+    parts = []
+    for start in range(0, s, step):
+        block = slice(start, min(start + step, s))
+        allowed = chosen[:, :, block].index_select(3, ids)
+        allowed = F.pad(allowed, (image.start, total - image.stop), value=True)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[:, :, block], k, v, attn_mask=masked_like(allowed, keys, q.dtype), scale=scale
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

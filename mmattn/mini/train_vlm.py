@@ -1,0 +1,301 @@
+"""Train the small vision-language model that hallucinates: a LLaVA over `mmattn.mini.objects`.
+
+    python -m mmattn.mini.train_vlm --out weights/vlm
+
+Stage 1 teaches the vision tower which object every patch shows, in the decoder's own word vectors,
+because a caption alone is a weak teacher of shapes. Stage 2 trains everything on captions and
+questions that carry the habits of the training world.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from mmattn.mini import objects
+from mmattn.mini.recipe import (
+    Log,
+    MuonAdamW,
+    Progress,
+    cosine,
+    log_to_stderr,
+    silent,
+    trainer_arguments,
+    write_record,
+)
+from mmattn.mini.vlm import (
+    EOS,
+    HELD_OUT_SEED,
+    IMAGE,
+    IMAGE_TOKENS,
+    PAD,
+    build,
+    evaluate,
+    load,
+    save,
+)
+
+__all__ = ["build", "evaluate", "main", "train"]
+
+ANSWER_WEIGHT = 5.0
+LEARNING_RATE = 2e-3
+
+
+class _Text:
+    """Turns conversations into padded token rows and marks what the assistant says."""
+
+    def __init__(self, processor: LlavaProcessor) -> None:
+        self._vocab: dict[str, int] = processor.tokenizer.get_vocab()
+
+    def _ids(self, text: str) -> list[int]:
+        return [self._vocab[word] for word in text.split()]
+
+    def rows(
+        self, conversations: Sequence[Sequence[objects.Turn]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token ids, labels and loss weights, each `[B, T]`.
+
+        Labels are -100 wherever the assistant is not speaking. One word answers a question and fifty
+        make a caption, so answers weigh more per word.
+        """
+        tokens, labels, weights = [], [], []
+        for turns in conversations:
+            row: list[int] = []
+            spoken: list[int] = []
+            weight: list[float] = []
+            for i, turn in enumerate(turns):
+                user = self._ids("user :")
+                user += [IMAGE] * IMAGE_TOKENS if i == 0 else []
+                user += self._ids(f"{turn.user} assistant :")
+                reply = [*self._ids(turn.assistant), EOS]
+                row += user + reply
+                spoken += [-100] * len(user) + reply
+                share = 1.0 if turn.user in objects.CAPTION_PROMPTS else ANSWER_WEIGHT
+                weight += [0.0] * len(user) + [share] * len(reply)
+            tokens.append(row)
+            labels.append(spoken)
+            weights.append(weight)
+        length = max(len(row) for row in tokens)
+        return (
+            torch.tensor([row + [PAD] * (length - len(row)) for row in tokens]),
+            torch.tensor([row + [-100] * (length - len(row)) for row in labels]),
+            torch.tensor([row + [0.0] * (length - len(row)) for row in weights]),
+        )
+
+
+def _pixels(pictures: Tensor) -> Tensor:
+    """Round to 8 bits and normalise exactly as the image processor does."""
+    return (pictures * 255).round() / 127.5 - 1
+
+
+class _Alignment:
+    """The loss of a patch that does not speak the decoder's language.
+
+    What the projector makes of a patch is compared with the decoder's own word vectors: it should
+    be near the name of the object it shows and near the words for its place. Then the word "apple"
+    in a question finds apple patches by likeness, which otherwise takes far longer to learn.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+        vocab = processor.tokenizer.get_vocab()
+        device = model.device
+        self._words = model.get_input_embeddings()
+        self._names = torch.tensor([vocab[name] for name in objects.NAMES], device=device)
+        self._rows = torch.tensor([vocab[w] for w in ("top", "center", "bottom")], device=device)
+        self._columns = torch.tensor([vocab[w] for w in ("left", "center", "right")], device=device)
+        zone = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2], device=device)
+        self._row = zone.repeat_interleave(len(zone))
+        self._column = zone.repeat(len(zone))
+        # Most patches are background.
+        self._weight = torch.ones(len(objects.NAMES) + 1, device=device)
+        self._weight[0] = 0.3
+
+    def __call__(self, projected: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of projected patches `[B, 64, 128]` with object labels `[B, 64]`."""
+        patches = projected.flatten(0, 1)
+        names = patches @ self._words.weight[self._names].T
+        shown = torch.cat([torch.zeros_like(names[:, :1]), names], dim=1)
+        loss = cross_entropy(shown, labels.flatten(), weight=self._weight)
+        for words, zone in ((self._rows, self._row), (self._columns, self._column)):
+            place = patches @ self._words.weight[words].T
+            loss = loss + 0.2 * cross_entropy(place, zone.repeat(len(projected)))
+        return loss
+
+
+def _optimizer(*modules: nn.Module) -> MuonAdamW:
+    return MuonAdamW(
+        modules,
+        hidden=lambda name: "layers." in name,
+        muon_lr=LEARNING_RATE,
+        adamw_lr=LEARNING_RATE,
+        weight_decay=0.02,
+        betas=(0.9, 0.98),
+    )
+
+
+def _note(progress: Progress, stage: str, loss: Tensor, samples: int, log: Log) -> None:
+    progress.step += 1
+    progress.samples += samples
+    if progress.step % 50 == 0 or progress.done:
+        progress.curve.append((progress.step, loss.item()))
+        log(f"{stage} step {progress.step} loss {loss.item():.4f} {progress.cpu_seconds:.0f} s")
+
+
+def _train_tower(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    progress: Progress,
+    draw: torch.Generator,
+    log: Log,
+) -> None:
+    """Stage 1: teach tower, projector and word vectors which object every patch shows, and where.
+
+    Partners are there in 60 % of the cases only, so that the tower does not pick up the habit by
+    itself.
+    """
+    align = _Alignment(model, processor)
+    parts = (model.model.vision_tower, model.model.multi_modal_projector)
+    optimizer = _optimizer(*parts, model.get_input_embeddings())
+    while not progress.done:
+        pictures, labels = objects.render(objects.sample_scenes(48, draw, 0.6))
+        projected = model.get_image_features(_pixels(pictures).to(model.device)).pooler_output
+        loss = align(torch.stack(tuple(projected)), labels.to(model.device))
+        optimizer.step(loss, cosine(0.8 * progress.fraction))
+        _note(progress, "tower", loss, 48, log)
+
+
+def _train_joint(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    progress: Progress,
+    draw: torch.Generator,
+    log: Log,
+    checkpoint: Callable[[], None],
+) -> None:
+    """Stage 2: teach the whole model to talk; the alignment stays on, with falling weight."""
+    text = _Text(processor)
+    seen: dict[str, Tensor] = {}
+    hook = model.model.multi_modal_projector.register_forward_hook(
+        lambda _, __, projected: seen.update(projected=projected)
+    )
+    align = _Alignment(model, processor)
+    optimizer = _optimizer(model)
+    saved = 0.0
+    while not progress.done:
+        scenes, conversations = objects.sample_conversations(24, draw)
+        pictures, labels = (part.to(model.device) for part in objects.render(scenes))
+        tokens, spoken, share = (part.to(model.device) for part in text.rows(conversations))
+        logits = model(input_ids=tokens, pixel_values=_pixels(pictures), use_cache=False).logits
+        losses = cross_entropy(
+            logits[:, :-1].flatten(0, 1), spoken[:, 1:].flatten(), reduction="none"
+        )
+        loss = (losses * share[:, 1:].flatten()).sum() / share.sum()
+        patches = align(seen["projected"].view(len(scenes), IMAGE_TOKENS, -1), labels)
+        weight = 0.05 + 0.3 * (1 - progress.fraction)
+        optimizer.step(loss + weight * patches, cosine(progress.fraction))
+        _note(progress, "joint", loss, 24, log)
+        if progress.cpu_seconds - saved > 180:
+            saved = progress.cpu_seconds
+            checkpoint()
+    hook.remove()
+
+
+def train(
+    out: Path,
+    *,
+    minutes: float | None = None,
+    tower_steps: int = 1500,
+    steps: int = 2500,
+    layers: int = 8,
+    device: str = "cpu",
+    seed: int = 0,
+    smoke: bool = False,
+    resume: Path | None = None,
+    samples: int = 500,
+    log: Log = silent,
+) -> dict[str, Any]:
+    """Train, save and grade a model.
+
+    Args:
+        out: Folder for the weights (bfloat16), the processor and `training.json`; checkpoints go
+            there on the way.
+        minutes: Time for both stages, a tenth of it for the tower; None goes by steps.
+        tower_steps: Steps of stage 1 without `minutes`.
+        steps: Steps of stage 2 without `minutes`.
+        layers: Decoder layers of a new model.
+        device: Torch device.
+        seed: Seed of weights and scenes, below 10 000; evaluation seeds start there.
+        smoke: Three steps per stage and two scenes of evaluation, to see that everything runs.
+        resume: Folder of a saved model to go on from; stage 1 is then skipped.
+        samples: Scenes per evaluation.
+        log: Receives one line of progress now and then.
+
+    Returns:
+        The content of `training.json`.
+
+    Raises:
+        ValueError: `seed` is one of the evaluation seeds.
+    """
+    if not 0 <= seed < HELD_OUT_SEED:
+        raise ValueError(
+            f"seed must lie in 0 .. {HELD_OUT_SEED - 1} to stay clear of evaluation, found {seed}."
+        )
+    if smoke:
+        minutes, tower_steps, steps, samples = None, 3, 3, 2
+    model, processor = build(layers, seed) if resume is None else load(resume)
+    model.to(torch.device(device)).train()
+    torch.manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)
+    stages = {}
+    if resume is None:
+        tower = _progress(minutes, 0.1, tower_steps)
+        _train_tower(model, processor, tower, draw, log)
+        stages["tower"] = tower.record()
+    joint = _progress(minutes, 1.0 if resume else 0.9, steps)
+    _train_joint(model, processor, joint, draw, log, lambda: save(model, processor, out))
+    stages["joint"] = joint.record()
+    save(model, processor, out, half=True)
+    shipped, processor = load(out)
+    shipped.to(torch.device(device))
+    record = {
+        "recipe": "mmattn.mini.train_vlm",
+        "seed": seed,
+        "resumed": resume is not None,
+        "layers": model.config.text_config.num_hidden_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "partner_prob": objects.TRAIN_PARTNER_PROB,
+        "caption_bias": objects.CAPTION_BIAS,
+        "answer_bias": objects.ANSWER_BIAS,
+        "noise": objects.NOISE,
+        "stages": stages,
+        "metrics": [
+            evaluate(shipped, processor, samples, HELD_OUT_SEED, partner_prob)
+            for partner_prob in (objects.TRAIN_PARTNER_PROB, 0.2)
+        ],
+    }
+    write_record(out, record)
+    return record
+
+
+def _progress(minutes: float | None, share: float, steps: int) -> Progress:
+    return Progress(steps=steps) if minutes is None else Progress(minutes=share * minutes)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `train` from the command line, on one thread: two are slower here."""
+    arguments = trainer_arguments(__doc__, argv)
+    torch.set_num_threads(1)
+    record = train(**vars(arguments), log=log_to_stderr)
+    sys.stdout.write(json.dumps(record["metrics"], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

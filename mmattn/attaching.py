@@ -41,7 +41,8 @@ def attach(
         for site in root.sites:
             holder = getattr(site.module, "processor", None)
             for place in (site.module, site.token_module, holder):
-                if place is not None and SLOT in getattr(place, "__dict__", {}):
+                owner = getattr(place, "__dict__", {}).get(SLOT)
+                if owner is not None and owner.run.installed:
                     raise ConflictError(
                         f"{site.path} already belongs to an mmattn session; detach it first, or pass "
                         "all methods to one attach call: attach(model, [a, b])"

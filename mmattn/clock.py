@@ -80,13 +80,15 @@ def _clocked(base: type) -> type:
     @functools.wraps(base.set_timesteps)  # type: ignore[attr-defined]
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
-        getattr(self, _SLOT).start(len(self.timesteps))
+        if (clock := self.__dict__.get(_SLOT)) is not None:
+            clock.start(len(self.timesteps))
         return result
 
     @functools.wraps(base.step)  # type: ignore[attr-defined]
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.step(self, *args, **kwargs)  # type: ignore[attr-defined]
-        getattr(self, _SLOT).advance()
+        if (clock := self.__dict__.get(_SLOT)) is not None:
+            clock.advance()
         return result
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
@@ -95,10 +97,14 @@ def _clocked(base: type) -> type:
 
     def set_begin_index(self: Any, begin_index: int = 0) -> Any:
         result = base.set_begin_index(self, begin_index)  # type: ignore[attr-defined]
-        getattr(self, _SLOT).begin_at(begin_index)
+        if (clock := self.__dict__.get(_SLOT)) is not None:
+            clock.begin_at(begin_index)
         return result
 
-    members = {
+    def from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return base.from_config(*args, **kwargs)  # type: ignore[attr-defined]
+
+    members: dict[str, Any] = {
         "set_timesteps": set_timesteps,
         "step": step,
         "__reduce_ex__": reduce_ex,
@@ -106,6 +112,8 @@ def _clocked(base: type) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    if hasattr(base, "from_config"):  # ``type(pipe.scheduler).from_config(...)`` makes a stock one
+        members["from_config"] = classmethod(from_config)
     if hasattr(base, "set_begin_index"):
         members["set_begin_index"] = functools.wraps(base.set_begin_index)(set_begin_index)
     return type(base.__name__, (base,), members)

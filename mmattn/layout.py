@@ -22,10 +22,6 @@ Grid = tuple[int, int, int]
 
 
 _NO_GRID = "This site has no token grid, and the method needs one."
-_TRACED = (
-    " Position ids cannot be read while a graph is traced: compile first, then attach, so that mmattn "
-    "stands outside the graph."
-)
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,7 @@ class Layout:
             does not know of a cache.
         twins: how many rows at the end of the batch repeat its first rows without their image tokens
             (see `Method.twin`); 0 almost always.
+        why: a sentence on why this call has no grid, where its model usually has one.
     """
 
     grid: Grid | None = None
@@ -50,6 +47,7 @@ class Layout:
     image_mask: torch.Tensor | None = None
     past: int | None = None
     twins: int = 0
+    why: str = ""
 
     def grid_for(self, tokens: int) -> Grid:
         """The grid at a site whose sequence has `tokens` entries (text included).
@@ -58,16 +56,16 @@ class Layout:
             UnsupportedCall: when there is no grid, or it cannot hold that many tokens.
         """
         if self.grid is None:
-            raise UnsupportedCall(_NO_GRID + (_TRACED if torch.compiler.is_compiling() else ""))
-        t, y, x = self.grid
-        if self.pyramid:
+            raise UnsupportedCall(f"{_NO_GRID} {self.why}".strip())
+        if not self.pyramid:
+            return self.grid
+        for odd in (1, 0):  # a stride-2 convolution rounds odd sizes up or, unpadded, down
+            t, y, x = self.grid
             while t * y * x > tokens and (y > 1 or x > 1):
-                y, x = -(-y // 2), -(-x // 2)
-            if t * y * x != tokens:
-                raise UnsupportedCall(
-                    f"No halving of the latent grid {self.grid} has {tokens} tokens."
-                )
-        return t, y, x
+                y, x = max((y + odd) // 2, 1), max((x + odd) // 2, 1)
+            if t * y * x == tokens:
+                return t, y, x
+        raise UnsupportedCall(f"No halving of the latent grid {self.grid} has {tokens} tokens.")
 
     def image_slice(self, tokens: int) -> slice:
         """Where the image tokens are inside a sequence of `tokens` entries.

@@ -11,6 +11,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F  # noqa: N812
+
 SLOT = "_mmattn_site"
 """Instance attribute that carries the site while attached."""
 
@@ -51,6 +54,24 @@ def rebind(fn: Callable[..., Any], **names: Any) -> Callable[..., Any]:
     if wrapped is not None:
         copy.__dict__["__wrapped__"] = inner
     return copy
+
+
+def spellings(fn: Callable[..., Any], **replaced: Any) -> dict[str, Any]:
+    """What to rebind in `fn` so that it finds `replaced` in place of `torch.nn.functional`'s.
+
+    The names in a code object do not tell ``torch.nn.functional.x`` from ``nn.functional.x``, ``F.x`` or
+    a bare ``x``, so every spelling its module offers is covered at once.
+    """
+    functional = Proxy(F, **replaced)
+    nn = Proxy(torch.nn, functional=functional)
+    stands = {F: functional, torch.nn: nn, torch: Proxy(torch, nn=nn)}
+    used, table = names_used(fn), _innermost(fn).__globals__
+    names = {name: ours for name, ours in replaced.items() if name in table}
+    for name in used:
+        value = table.get(name)
+        if isinstance(value, types.ModuleType) and value in stands:
+            names[name] = stands[value]
+    return names
 
 
 def subclass(base: type, **members: Any) -> type:

@@ -48,16 +48,18 @@ class Run:
         self.root, self.methods, self.clock = root, tuple(methods), clock
         self.unsupported, self.seed = unsupported, seed
         self.enabled = True
+        self.installed = False
         self.layout: Layout | None = None
         self.branch = 0
         self.timed = False
         self.forwards = 0
         self.broken_off = False
+        self.traced = False
         self.sites: list[Site] = []
         self.phases: list[int | bool | None] = [None] * len(self.methods)
         self.intact: Callable[[], str | None] = lambda: None
         self._calls_in_step = 0
-        self._state: dict[tuple[int, int, int, int], dict[str, Any]] = {}
+        self._shared: dict[tuple[int, int], dict[str, Any]] = {}
         self._generators: dict[tuple[int, str], torch.Generator] = {}
         self._hooks: list[Any] = []
         self.on_clock(new_run=False)
@@ -74,21 +76,27 @@ class Run:
 
     def clear(self) -> None:
         """Forget what methods remembered; a new run starts."""
-        self._state.clear()
+        for site in self.sites:
+            site.memory.clear()
+        self._shared.clear()
         self._generators.clear()
 
     def state_of(self, site: Site) -> dict[str, Any]:
         """Memory of the running method at this site, branch and call."""
-        return self._state.setdefault((id(site), self.branch, site.slot, site.call), {})
+        # On the site and not here by its id: sites of one kind of block share a compiled graph.
+        return site.memory.setdefault((self.branch, site.slot, site.call), {})
 
     def shared_of(self, site: Site) -> dict[str, Any]:
         """Memory that the running method keeps for all sites of the root together, per branch."""
-        return self._state.setdefault((0, self.branch, site.slot, 0), {})
+        return self._shared.setdefault((self.branch, site.slot), {})
 
     def states_of(self, site: Site, slot: int) -> dict[tuple[int, int], dict[str, Any]]:
         """What the method in `slot` remembers at this site, by branch and call; to read after a run."""
-        found = self._state.items()
-        return {(b, c): d for (s, b, n, c), d in found if s == id(site) and n == slot}
+        return {(b, c): d for (b, n, c), d in site.memory.items() if n == slot}
+
+    @property
+    def _state(self) -> dict[tuple[int, int, int, int], dict[str, Any]]:
+        return {(id(s), *key): d for s in self.sites for key, d in s.memory.items()}
 
     def generator_of(self, site: Site, device: torch.device | None) -> torch.Generator:
         """A generator seeded from the session seed and the site, never the global one."""
@@ -102,7 +110,7 @@ class Run:
 
     def install(self) -> None:
         """Hook the start and the end of the root's forward."""
-        self.enabled = True
+        self.enabled = self.installed = True
         begin = self.root.begin or self.root.module
         compiled = getattr(begin, "_compiled_call_impl", None)
         if compiled is not None and begin is self.root.module:
@@ -119,7 +127,7 @@ class Run:
         What somebody else kept of ours (diffusers' `unfuse_qkv_projections` puts processors back) runs
         the stock code from now on.
         """
-        self.enabled = False
+        self.enabled = self.installed = False
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -147,7 +155,10 @@ class Run:
         self.broken_off = self.root.begin is None  # until the end is reached
 
     def _end(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or not self.enabled:
+        if not self.enabled:
+            return
+        if torch.compiler.is_compiling():
+            self.traced = True
             return
         self.broken_off = False
         if self.forwards == 1:
@@ -210,13 +221,8 @@ class _Hook:
         return _inert, (self.inert.__name__,)
 
 
-def removable_hook(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as a forward hook that copies and pickles of the hooked model do not run."""
-    return _Hook(function, _pass_post)
-
-
-def inert_hook(function: Callable[..., Any], *, pre: bool) -> Callable[..., Any]:
-    """`function` as a module hook that copies and pickles of the module do not run.
+def removable_hook(function: Callable[..., Any], *, pre: bool = False) -> Callable[..., Any]:
+    """`function` as a hook that copies and pickles of the hooked model do not run.
 
     Args:
         pre: True for a forward pre-hook with kwargs, False for a forward hook without.

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from mmattn.errors import UnsupportedCall
+from mmattn.folding import Fold
 from mmattn.methods.base import Dense, Method
-from mmattn.rebind import Proxy, names_used, rebind, subclass
+from mmattn.rebind import SLOT, Proxy, names_used, rebind, spellings, subclass
 from mmattn.runs import Run
 from mmattn.sites import Site
 
@@ -70,10 +71,7 @@ class Seam:
         if q.ndim != 4:
             out = self._folded(site, q, k, v, mask, scale, dropout, dense)
         else:
-            out = self._chain(site, 0, q, k, v, mask, scale, dropout, dense)
-        for slot, method in site.head_methods:
-            site.slot, site.phase = slot, self.run.phases[slot]
-            out = method.heads(out, site=site)
+            out = self._heads(site, self._chain(site, 0, q, k, v, mask, scale, dropout, dense))
         if not torch.compiler.is_compiling():
             site.meter.nanoseconds += time.perf_counter_ns() - start
         return out
@@ -144,23 +142,34 @@ class Seam:
         dropout: float,
         dense: Dense,
     ) -> torch.Tensor:
-        """Calls with extra or missing leading axes (Hiera ``[B, H, W, N, D]``, single-head ``[B, N, D]``)."""
-        lead = q.shape[:-2]
+        """Calls with extra or missing leading axes, brought to four (see folding.py)."""
+        fold, whole = Fold(q, site), mask
+        folded = fold.mask(mask)
 
         def unfolded(
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
             *,
-            mask: torch.Tensor | None = mask,
+            mask: torch.Tensor | None = folded,
             scale: float | None = scale,
         ) -> torch.Tensor:
-            q, k, v = (t.reshape(*lead, *t.shape[-2:]) for t in (q, k, v))
-            return _to_4d(dense(q, k, v, mask=mask, scale=scale))
+            q, k, v = fold.back(q), fold.back(k), fold.back(v)
+            if mask is folded:
+                mask = whole
+            elif mask is not None and mask.ndim > 2:
+                mask = fold.back(mask)
+            return fold(dense(q, k, v, mask=mask, scale=scale))
 
-        q, k, v = _to_4d(q), _to_4d(k), _to_4d(v)
-        out = self._chain(site, 0, q, k, v, mask, scale, dropout, unfolded)
-        return out.reshape(*lead, *out.shape[-2:])
+        q, k, v = fold(q), fold(k), fold(v)
+        out = self._chain(site, 0, q, k, v, folded, scale, dropout, unfolded)
+        return fold.back(self._heads(site, out))
+
+    def _heads(self, site: Site, out: torch.Tensor) -> torch.Tensor:
+        for slot, method in site.head_methods:
+            site.slot, site.phase = slot, self.run.phases[slot]
+            out = method.heads(out, site=site)
+        return out
 
     # -- tokens -------------------------------------------------------------------------------
 
@@ -316,18 +325,8 @@ class Seam:
             return rebind(function, **{_INTERFACES: _Interfaces(self, table[_INTERFACES])})
         if _SDPA not in used:
             return None
-        shim = self.sdpa(_stock_sdpa)
-        if _SDPA in table:
-            return rebind(function, **{_SDPA: shim})
-        functional = Proxy(F, **{_SDPA: shim})
-        nn = Proxy(torch.nn, functional=functional)
-        whole = Proxy(torch, nn=nn)
-        # Every spelling at once: the names in the code do not tell `torch.nn.x` from `nn.x`.
-        stands = {"F": (F, functional), "nn": (torch.nn, nn), "torch": (torch, whole)}
-        names = {n: ours for n, (real, ours) in stands.items() if table.get(n) is real}
-        if used & names.keys():
-            return rebind(function, **names)
-        return None
+        names = spellings(function, **{_SDPA: self.sdpa(_stock_sdpa)})
+        return rebind(function, **names) if names else None
 
     # -- classes ----------------------------------------------------------------------------------
 
@@ -355,9 +354,10 @@ class Seam:
 
             @functools.wraps(stock)
             def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-                if not seam.run.enabled:
+                site = self._mmattn_site
+                if site is None or not seam.run.enabled:
                     return stock(self, *args, **kwargs)
-                seam.here, seam.call = self._mmattn_site, 0
+                seam.here, seam.call = site, 0
                 return rebound(self, *args, **kwargs)
 
         else:
@@ -365,9 +365,9 @@ class Seam:
 
             @functools.wraps(stock)
             def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-                if not seam.run.enabled:
-                    return stock(self, *args, **kwargs)
                 site = self._mmattn_site
+                if site is None or not seam.run.enabled:
+                    return stock(self, *args, **kwargs)
                 seam.here, seam.call = site, 0
                 if "hidden_states" in kwargs:
                     kwargs["hidden_states"] = seam.enter(site, kwargs["hidden_states"])
@@ -380,7 +380,8 @@ class Seam:
                     return (seam.leave(site, out[0]), *out[1:])
                 return seam.leave(site, out)
 
-        self._classes[key] = subclass(base, **{method: call})
+        # Instances that users make of our class (``type(attn.processor)()``) belong to no site.
+        self._classes[key] = subclass(base, **{method: call, SLOT: None})
         return self._classes[key]
 
     def block_class(self, base: type) -> type:
@@ -430,14 +431,6 @@ def _refusal(method: Method, mask: Any, causal: bool, dropout: float) -> str | N
 
 def _stock_sdpa(*args: Any, **kwargs: Any) -> torch.Tensor:
     return F.scaled_dot_product_attention(*args, **kwargs)  # looked up late: users may replace it
-
-
-def _to_4d(t: torch.Tensor) -> torch.Tensor:
-    if t.ndim == 4:
-        return t
-    if t.ndim == 3:
-        return t.unsqueeze(1)
-    return t.reshape(-1, *t.shape[-3:]) if t.ndim > 4 else t.unsqueeze(0).unsqueeze(0)
 
 
 def _unwrap(fn: Any) -> Any:

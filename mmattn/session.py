@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mmattn.clock import SchedulerClock, StepClock
-from mmattn.errors import ConfigError
+from mmattn.errors import ConfigError, DetachConflict
 from mmattn.hosts.base import Handle
 from mmattn.planning import Plan
 from mmattn.report import Stats, collect, table
@@ -63,6 +63,8 @@ class Session:
                 if row is not None and row.methods:
                     _bind(site, run, row.methods)
                     run.sites.append(site)
+            for site in run.sites:
+                site.roles = {slot: m.role(site) for slot, m in enumerate(run.methods)}
             self.runs.append(run)
             if not run.sites and not seams & {"features", "logits"}:
                 continue
@@ -118,10 +120,15 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.detach()
+        try:
+            self.detach()
+        except DetachConflict as conflict:
+            if error is None:
+                raise
+            error.add_note(str(conflict))  # what went wrong first is what the user must see
         if error is None:
             for run in self.runs:
-                if run.forwards and run.sites and not run.broken_off:
+                if (run.forwards or run.traced) and run.sites and not run.broken_off:
                     run.check_reached()
 
     # -- while attached ---------------------------------------------------------------------------
@@ -136,7 +143,7 @@ class Session:
             yield
         finally:
             for run, was in zip(self.runs, before, strict=True):
-                run.enabled = was
+                run.enabled = was and run.installed
 
     def step(self, index: int, total: int) -> None:
         """Tell the clock where a denoising loop without a diffusers scheduler is.
@@ -217,6 +224,7 @@ def _bind(site: Site, run: Run, names: list[str]) -> None:
     listed = [(slot, m) for slot, m in enumerate(run.methods) if m.name in names]
     # Observers see the call before and after everything else.
     listed.sort(key=lambda pair: not pair[1].observes)
+    site.memory = {}
     site.attention = tuple(p for p in listed if "attention" in p[1].seams)
     site.head_methods = tuple(p for p in listed if "heads" in p[1].seams)
     site.token_methods = tuple(p for p in listed if "tokens" in p[1].seams)

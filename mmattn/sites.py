@@ -27,7 +27,8 @@ class Site:
 
     Static facts, known at plan time:
         path: dotted module path, e.g. ``transformer_blocks.0.attn``.
-        kind: ``self`` | ``cross`` | ``joint`` | ``window``.
+        kind: ``self`` | ``cross`` (also pools and reduced keys) | ``joint`` | ``window`` | ``channel`` |
+            ``text``.
         index, depth: position among the sites of its root, and how many there are.
         heads: number of query heads, or None when the module does not say.
         host, family: library and model class.
@@ -53,6 +54,8 @@ class Site:
     token_methods: tuple[tuple[int, Method], ...] = ()
     feature_methods: tuple[tuple[int, Method], ...] = ()
     phase: int | bool | None = None
+    roles: dict[int, int | bool | None] = field(default_factory=dict)
+    memory: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
     causal: bool = False
     slot: int = 0
     call: int = 0
@@ -74,6 +77,11 @@ class Site:
         """What the running method keeps for this site, branch and call; cleared when a run starts."""
         assert self.run is not None
         return self.run.state_of(self)
+
+    @property
+    def role(self) -> int | bool | None:
+        """What `Method.role` of the running method said about this site."""
+        return self.roles.get(self.slot)
 
     @property
     def shared(self) -> dict[str, Any]:

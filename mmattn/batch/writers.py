@@ -237,6 +237,15 @@ def wrap(text: str, width: int, face: Any) -> list[str]:
     return lines
 
 
+def fit(text: str, width: int, face: Any) -> str:
+    """`text`, cut with an ellipsis where it is wider than `width` pixels."""
+    if face.getlength(text) <= width:
+        return text
+    while text and face.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
 def grid(
     rows: Sequence[Sequence[Any]],
     *,
@@ -250,7 +259,7 @@ def grid(
     """Arrange pictures in a table with all text outside the pixels.
 
     Args:
-        rows: one row of pictures per prompt, all of one size.
+        rows: one row of pictures per prompt, all of one size; None leaves a place empty.
         columns: heading of every column.
         labels: text to the left of every row (the prompt).
         notes: small text below every picture, or None.
@@ -272,7 +281,8 @@ def grid(
     gap, pad = 12, 18
     head_face, text_face, note_face = font(17), font(15), font(13)
     headings = [wrap(text, wide, head_face) for text in columns]
-    top = pad + max(map(len, headings)) * 21 + 10
+    lines_above = max(map(len, headings))
+    top = pad + (lines_above * 21 + 10 if lines_above else 0)
     below = 22 if notes is not None else 0
     size = (
         pad + label_width + len(columns) * (wide + gap) - gap + pad,
@@ -289,9 +299,11 @@ def grid(
         for n, line in enumerate(wrap(labels[r], label_width - 16, text_face)):
             draw.text((pad, y + n * 20), line, INK, text_face)
         for i, picture in enumerate(row):
+            if picture is None:
+                continue
             x = pad + label_width + i * (wide + gap)
             sheet.paste(upscale(picture, scale, smooth=smooth), (x, y))
             draw.rectangle((x - 1, y - 1, x + wide, y + high), outline=(214, 216, 220))
             if notes is not None:
-                draw.text((x, y + high + 4), notes[r][i], FAINT, note_face)
+                draw.text((x, y + high + 4), fit(notes[r][i], wide, note_face), FAINT, note_face)
     return sheet

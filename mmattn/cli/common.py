@@ -39,7 +39,7 @@ def emit_json(data: Any) -> None:
 
 
 def guarded(verb: F) -> F:
-    """Turn our errors into one sentence and exit code 2, and Ctrl-C into 130."""
+    """Turn our errors, and those of the file system, into one sentence and exit code 2, Ctrl-C into 130."""
 
     @functools.wraps(verb)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -47,6 +47,10 @@ def guarded(verb: F) -> F:
             return verb(*args, **kwargs)
         except MmattnError as error:
             say("mmattn: " + " ".join(str(error).split()))
+            raise typer.Exit(USAGE) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            say(f"mmattn: {where}{error.strerror or error}")
             raise typer.Exit(USAGE) from None
         except KeyboardInterrupt:
             say("mmattn: interrupted")

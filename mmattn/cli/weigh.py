@@ -97,11 +97,12 @@ def compare(
     Writes pictures, clips, report.html and report.json into the output folder. Ctrl-C keeps what is
     done so far.
     """
-    from mmattn.compare.variants import DEFAULTS
+    from mmattn.compare.variants import DEFAULTS, check_names
 
     chosen = common.columns(method, changes if method else None)
     names = list(only or DEFAULTS)
     common.check_device(device)
+    check_names(names)
     if not quiet:
         say("loading libraries")
     common.quiet_libraries()

@@ -11,7 +11,7 @@ import torch
 
 from mmattn.batch.writers import to_image, upscale, write_image, write_json
 from mmattn.compare.calls import answer
-from mmattn.compare.heatmaps import heatmaps
+from mmattn.compare.heatmaps import site_maps
 from mmattn.compare.jobs import Job
 from mmattn.compare.results import Column, Figure
 from mmattn.evals import chair, pope
@@ -40,9 +40,19 @@ class Answers(Job):
     )
     samples: ClassVar[int] = 40
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("chair_i", "CHAIR i", "percent", "low", "mentioned objects that are not there"),
+        Column(
+            "chair_i", "CHAIR i", "percent", "low", "mentioned objects that are not there", True
+        ),
+        Column("coverage", "coverage", "percent", "high", "objects there that are mentioned", True),
+        Column(
+            "broken",
+            "broken",
+            "percent",
+            "low",
+            "captions that stutter, which flatters CHAIR",
+            True,
+        ),
         Column("chair_s", "CHAIR s", "percent", "low", "captions with such an object"),
-        Column("coverage", "coverage", "percent", "high", "objects there that are mentioned"),
         Column("mentions", "mentions", "number", "high", "objects per caption"),
         Column(
             "pope_random", "POPE random", "percent", "high", "questions about any absent object"
@@ -108,6 +118,7 @@ class Answers(Job):
             "chair_i": result.chair_i,
             "chair_s": result.chair_s,
             "coverage": result.coverage,
+            "broken": sum(map(stutters, value.captions)) / len(value.captions),
             "mentions": result.mentions,
             **{f"pope_{split}": score.accuracy for split, score in value.pope.items()},
             "yes": value.pope["adversarial"].yes_ratio,
@@ -127,9 +138,12 @@ class Answers(Job):
             for label, value in self.values.items():
                 marked, missed = mark(value.captions[i], self.truth[i])
                 wrong = [n for n in objects.mentioned(value.captions[i]) if n not in self.truth[i]]
+                broken = stutters(value.captions[i])
                 tally = f"{len(wrong)} invented" if wrong else "nothing invented"
+                tally = f"broken text, {tally}" if broken else tally
+                tone = " bad" if wrong or broken else ""
                 rows.append(
-                    f'<dt>{escape(label)} <span class="tally{" bad" if wrong else ""}">{tally}</span>'
+                    f'<dt>{escape(label)} <span class="tally{tone}">{tally}</span>'
                     f"</dt><dd>{marked}{missed}</dd>"
                 )
             there = ", ".join(self.truth[i])
@@ -157,11 +171,14 @@ class Answers(Job):
         return [Figure("html", "What the model says", text, html="".join(cards))]
 
     def heat(self) -> list[Figure]:
-        """Where the untouched model looks while it reads the picture."""
-        return heatmaps(
+        """Where the untouched model looks while it writes."""
+        return site_maps(
             self,
             lambda: answer(self.loaded, self.images[:1], [self.prompt], max_new_tokens=24),
             self.images[0],
+            "Where the untouched model looks while it writes its first 24 words, layer by layer: the "
+            "attention of the newest word to the image tokens, averaged over heads and words.",
+            only="language_model",
         )
 
     def _telling(self, count: int) -> list[int]:
@@ -176,6 +193,12 @@ class Answers(Job):
             return max(wrong) - min(wrong)
 
         return sorted(range(self.count), key=lambda i: (-spread(i), i))[:count]
+
+
+def stutters(text: str) -> bool:
+    """Whether `text` says one word three times in a row."""
+    words = text.split()
+    return any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))
 
 
 def mark(caption: str, there: Sequence[str]) -> tuple[str, str]:

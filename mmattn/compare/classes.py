@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmattn.batch.writers import grid, to_image, write_image
 from mmattn.compare.calls import labels_of, logits
-from mmattn.compare.heatmaps import heatmaps
+from mmattn.compare.heatmaps import site_maps
 from mmattn.compare.jobs import Job, relative
 from mmattn.compare.results import Column, Figure
 
@@ -25,10 +25,12 @@ class Classes(Job):
     )
     samples: ClassVar[int] = 1000
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("top1", "top-1", "percent", "high", "pictures classified right"),
+        Column("top1", "top-1", "percent", "high", "pictures classified right", True),
         Column("colour", "colour", "percent", "high", "colour right"),
         Column("shape", "shape", "percent", "high", "shape right"),
-        Column("agreement", "agreement", "percent", "high", "same answer as the untouched model"),
+        Column(
+            "agreement", "agreement", "percent", "high", "same answer as the untouched model", True
+        ),
     )
 
     def inputs(self) -> None:
@@ -89,8 +91,11 @@ class Classes(Job):
 
     def heat(self) -> list[Figure]:
         """Where the untouched model looks."""
-        return heatmaps(
-            self, lambda: logits(self.loaded, self.pictures[:1] * 2 - 1), to_image(self.pictures[0])
+        return site_maps(
+            self,
+            lambda: logits(self.loaded, self.pictures[:1] * 2 - 1),
+            to_image(self.pictures[0]),
+            "Where the class token of the untouched model looks, block by block, averaged over heads.",
         )
 
     def _note(self, guess: int, i: int) -> str:

@@ -27,9 +27,16 @@ class Clips(Job):
     )
     samples: ClassVar[int] = 8
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("oracle", "oracle", "percent", "high", "clips with every word of the caption right"),
+        Column(
+            "oracle",
+            "oracle",
+            "percent",
+            "high",
+            "clips with every word of the caption right",
+            True,
+        ),
         Column("words", "words", "percent", "high", "single words of the captions right"),
-        Column("psnr", "PSNR", "db", "high", "against the untouched model, same seed"),
+        Column("psnr", "PSNR", "db", "high", "against the untouched model, same seed", True),
         Column("ssim", "SSIM", "ratio", "high", "against the untouched model, same seed"),
         Column(
             "flicker", "change per frame", "ratio", "low", "mean absolute change between frames"

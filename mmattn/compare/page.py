@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -79,16 +80,19 @@ def _findings(section: Section) -> str:
 def finding(section: Section, outcome: Outcome, dense: Outcome) -> str:
     """What a method did, in one sentence of HTML."""
     work = _work(outcome)
-    cost = ""
-    if outcome.seconds and dense.seconds:
-        ratio = outcome.seconds / dense.seconds
-        cost = f", {ratio:.2f} times the time of dense"
-    key = section.columns[0]
-    before, after = dense.quality.get(key.key), outcome.quality.get(key.key)
-    change = ""
-    if before is not None and after is not None:
-        change = f"; {key.label} {shown(before, key.style)} → {shown(after, key.style)}"
-    text = escape(f"{outcome.sites} sites, {work}{cost}{change}.")
+    parts = []
+    for key in section.columns:
+        before, after = dense.quality.get(key.key), outcome.quality.get(key.key)
+        if not key.headline or after is None:
+            continue
+        now = shown(after, key.style)
+        parts.append(
+            f"{key.label} {now}"
+            if before is None
+            else f"{key.label} {shown(before, key.style)} → {now}"
+        )
+    change = f"; {', '.join(parts)}" if parts else ""
+    text = escape(f"{outcome.sites} sites, {work}{change}.")
     return f"<strong>{escape(outcome.label)}</strong>: {text}"
 
 
@@ -100,21 +104,42 @@ def _work(outcome: Outcome) -> str:
     return f"{outcome.calls} calls"
 
 
-def _table(section: Section) -> str:
-    heads = ["", "time", "memory", "tokens", "density", *(c.label for c in section.columns)]
-    titles = [
-        "",
-        "wall time of one pass over the samples",
-        "peak memory above the level before the pass",
-        "tokens kept of tokens in",
-        "share of query-key pairs computed",
-        *(c.meaning for c in section.columns),
+_Cell = Callable[[Outcome], str]
+
+
+def _costs(section: Section) -> list[tuple[str, str, _Cell]]:
+    """Heading, meaning and cell of the cost columns that hold anything in this section."""
+
+    def tokens(o: Outcome) -> str:
+        kept = o.tokens_kept is not None and o.tokens_in is not None
+        return f"{o.tokens_kept:.0f}/{o.tokens_in:.0f}" if kept else ""
+
+    every: list[tuple[str, str, _Cell]] = [
+        ("time", "wall time of one pass over the samples", lambda o: f"{o.seconds or 0:.1f} s"),
+        (
+            "memory",
+            "peak memory above the level before the pass",
+            lambda o: "" if o.memory_mb is None else f"{o.memory_mb:.0f} MB",
+        ),
+        ("tokens", "tokens kept of tokens in", tokens),
+        (
+            "density",
+            "share of query-key pairs computed",
+            lambda o: "" if o.density is None else f"{o.density:.2f}",
+        ),
     ]
+    ran = [o for o in section.outcomes if o.status == "ok"]
+    return [entry for entry in every if any(entry[2](o) for o in ran)]
+
+
+def _table(section: Section) -> str:
+    costs = _costs(section)
+    heads = [("", ""), *((name, meaning) for name, meaning, _ in costs)]
+    heads += [(c.label, c.meaning) for c in section.columns]
     top = "".join(
-        f'<th scope="col" title="{escape(title)}">{escape(head)}</th>'
-        for head, title in zip(heads, titles, strict=True)
+        f'<th scope="col" title="{escape(meaning)}">{escape(name)}</th>' for name, meaning in heads
     )
-    rows = "".join(_row(section, outcome) for outcome in section.outcomes)
+    rows = "".join(_row(section, outcome, costs) for outcome in section.outcomes)
     keys = "; ".join(
         f"<b>{escape(c.label)}</b> {escape(c.meaning)}{' (lower is better)' if c.better == 'low' else ''}"
         for c in section.columns
@@ -125,18 +150,13 @@ def _table(section: Section) -> str:
     )
 
 
-def _row(section: Section, outcome: Outcome) -> str:
+def _row(section: Section, outcome: Outcome, costs: list[tuple[str, str, _Cell]]) -> str:
     name = f'<th scope="row">{escape(outcome.label)}</th>'
     if outcome.status != "ok":
-        span = 4 + len(section.columns)
+        span = len(costs) + len(section.columns)
         text = f"{outcome.status}: {outcome.error or ''}"
         return f'<tr class="bad">{name}<td colspan="{span}">{escape(text)}</td></tr>\n'
-    tokens = "–"
-    if outcome.tokens_in is not None and outcome.tokens_kept is not None:
-        tokens = f"{outcome.tokens_kept:.0f}/{outcome.tokens_in:.0f}"
-    memory = "–" if outcome.memory_mb is None else f"{outcome.memory_mb:.0f} MB"
-    density = "–" if outcome.density is None else f"{outcome.density:.3f}"
-    cells = [f"{outcome.seconds or 0:.1f} s", memory, tokens, density]
+    cells = [cell(outcome) or "–" for _, _, cell in costs]
     cells += [shown(outcome.quality.get(c.key), c.style) for c in section.columns]
     return f"<tr>{name}{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
 

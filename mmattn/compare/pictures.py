@@ -29,10 +29,15 @@ class Pictures(Job):
     samples: ClassVar[int] = 24
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
-            "oracle", "oracle", "percent", "high", "pictures with every word of the caption right"
+            "oracle",
+            "oracle",
+            "percent",
+            "high",
+            "pictures with every word of the caption right",
+            True,
         ),
         Column("words", "words", "percent", "high", "single words of the captions right"),
-        Column("psnr", "PSNR", "db", "high", "against the untouched model, same seed"),
+        Column("psnr", "PSNR", "db", "high", "against the untouched model, same seed", True),
         Column("ssim", "SSIM", "ratio", "high", "against the untouched model, same seed"),
     )
 
@@ -94,6 +99,29 @@ class Pictures(Job):
             )
         ]
 
+    def heat(self) -> list[Figure]:
+        """Which word the untouched model reads where, for a prompt with two objects."""
+        from mmattn.compare.heatmaps import word_maps
+
+        i = next((i for i, scene in enumerate(self.scenes) if scene.relation), 0)
+        dense = self.values.get(DENSE.label)
+        if dense is None:
+            return []
+        dull = {"a", "an", "on", "of", "in", "the", "background"}
+        words = self.prompts[i].split()
+        tokens = [(word, n) for n, word in enumerate(words) if word not in dull][:7]
+
+        def again() -> Tensor:
+            return draw(
+                self.loaded,
+                self.prompts[i : i + 1],
+                self.seeds[i : i + 1],
+                steps=self.settings.steps,
+                guidance=self.settings.guidance,
+            )
+
+        return word_maps(self, again, to_image(dense[i]), self.prompts[i], tokens)
+
     def meta(self, label: str, i: int) -> dict[str, Any]:
         """What a file says about itself."""
         return {
@@ -143,10 +171,13 @@ def comparison(values: dict[str, Tensor], prompts: list[str], rows: range) -> An
             row.append(
                 difference(row[labels.index(chosen)], row[labels.index(DENSE.label)], gain=GAIN)
             )
-            note.append(f"difference x {GAIN:g}")
+            note.append(f"|{chosen} - dense| x {GAIN:g}")
         table.append(row)
         notes.append(note)
-    heads = [*labels, *([f"|{chosen} - dense|"] if pair else [])]
+    heads = [
+        *labels,
+        *(["difference" if len(labels) == 2 else f"difference of {chosen}"] if pair else []),
+    ]
     return grid(table, columns=heads, labels=[prompts[i] for i in rows], notes=notes, scale=4)
 
 

@@ -18,6 +18,7 @@ class Column:
         style: ``percent`` (0..1), ``db``, ``ratio`` or ``number``.
         better: ``high`` or ``low``.
         meaning: one line for people.
+        headline: whether it belongs into the one-line finding.
     """
 
     key: str
@@ -25,6 +26,7 @@ class Column:
     style: Literal["percent", "db", "ratio", "number"]
     better: Literal["high", "low"]
     meaning: str
+    headline: bool = False
 
 
 @dataclass

@@ -13,9 +13,7 @@ from mmattn.batch.writers import write_json, write_text
 from mmattn.compare.jobs import Job, Settings, sentence, work
 from mmattn.compare.measure import environment
 from mmattn.compare.results import Report, Section
-from mmattn.compare.variants import DEFAULTS, Variant, override, variant
-from mmattn.errors import ConfigError, suggest
-from mmattn.mini.manifest import NAMES
+from mmattn.compare.variants import DEFAULTS, Variant, check_names, override, variant
 from mmattn.registry import method_from
 
 Progress = Callable[[int, int, str], None]
@@ -33,11 +31,7 @@ def jobs_for(names: Sequence[str], settings: Settings) -> list[Job]:
     from mmattn.compare.pictures import Pictures
 
     known: dict[str, type[Job]] = {job.name: job for job in (Pictures, Clips, Answers, Classes)}
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"unknown model {name!r}{suggest(name, NAMES)} Compare one of {list(NAMES)}."
-            )
+    check_names(names)
     return [known[name](settings) for name in known if name in names]
 
 

@@ -12,13 +12,30 @@ from mmattn.methods.base import Method
 from mmattn.registry import method_class, method_from
 
 DEFAULTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "t2i": ({"name": "agent-attention", "agents": 16},),
+    "t2i": (
+        {"name": "agent-attention", "agents": 16, "start": 0.4},
+        {"name": "agent-attention", "agents": 16},
+    ),
     "t2v": ({"name": "vmoba"},),
-    "vlm": ({"name": "hiprune", "keep": 16}, {"name": "random-prune", "keep": 16}, {"name": "vhr"}),
+    "vlm": ({"name": "hiprune", "keep": 32}, {"name": "random-prune", "keep": 32}, {"name": "vhr"}),
     "vit": ({"name": "tome", "r": 8}, {"name": "agent-attention", "agents": 16}),
 }
 """What the default comparison attaches to each embedded model. The two pruners have one budget, so
 that the difference between them is the choice of tokens and nothing else."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise unless every name is an embedded model.
+
+    Raises:
+        ConfigError: for an unknown name, with a suggestion.
+    """
+    for name in names:
+        if name not in DEFAULTS:
+            raise ConfigError(
+                f"unknown model {name!r}{suggest(name, DEFAULTS)} "
+                f"Name an embedded model: {list(DEFAULTS)}."
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from mmattn.errors import DetachConflict
 from mmattn.hosts.base import Handle, named_sites, number
-from mmattn.hosts.diffusers_families import family_of, kind_of
+from mmattn.hosts.diffusers_families import family_of, kind_of, tags_of
 from mmattn.rebind import SLOT, blank, names_used
 from mmattn.runs import Root
 from mmattn.seams import Seam
@@ -75,7 +75,7 @@ class DiffusersHost:
                     heads=getattr(module, "heads", None),
                     host=self.name,
                     family=type(model).__name__,
-                    tags=frozenset() if family is None else family.tags,
+                    tags=tags_of(family, local),
                 )
             )
         root.sites = number(found)
@@ -94,7 +94,7 @@ class _ProcessorSwap:
     def __init__(self, site: Site, seam: Seam) -> None:
         self.site = site
         self.old: Any = site.module.processor
-        cls = type(self.old)
+        cls = _stock(type(self.old))
         rebound = seam.rebound(cls.__call__)
         assert rebound is not None, "only seamable processors become sites"
         swapped = seam.attention_class(cls, "__call__", rebound, tokens=bool(site.token_methods))
@@ -124,13 +124,18 @@ class _ProcessorSwap:
         if current is not self.new:
             raise DetachConflict(
                 f"{self.site.path}: the processor was replaced by a {type(current).__name__} after "
-                "mmattn attached; put ours back or keep yours and drop the session"
+                "mmattn attached, and stays; the session is detached and everything else restored"
             )
         for key, value in self.new.__dict__.items():
             if key != SLOT and self.old.__dict__.get(key) is not value:
                 self.old.__dict__[key] = value
         self.site.module.processor = self.old
         self._installed = False
+
+
+def _stock(cls: type) -> type:
+    """The class under a seam that a detached session left behind (`unfuse_qkv_projections` does that)."""
+    return cls.__mro__[1] if SLOT in cls.__dict__ else cls
 
 
 def _seamable(cls: type) -> bool:

@@ -126,12 +126,20 @@ def _grid_from_list(model: torch.nn.Module, args: Any, kwargs: Any) -> Grid | No
     return t // pt, y // p, x // p
 
 
+_TRACED = (
+    "Position ids and masks cannot be read while a graph is traced: compile first, then attach, so "
+    "that mmattn stands outside the graph."
+)
+_MIXED = "This call mixes images of several sizes, or rows with text of different lengths."
+
+
 def _reader(shape: _Shape, text: str, *, pyramid: bool = False) -> LayoutReader:
     def read(
         model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Layout | None:
         grid = shape(model, args, kwargs)
-        return Layout(grid=grid, text=text, pyramid=pyramid)  # type: ignore[arg-type]
+        why = "" if grid is not None else _TRACED if torch.compiler.is_compiling() else _MIXED
+        return Layout(grid=grid, text=text, pyramid=pyramid, why=why)  # type: ignore[arg-type]
 
     return read
 
@@ -242,3 +250,9 @@ def kind_of(family: Family | None, path: str, module: torch.nn.Module) -> str:
     if crosses:
         return "cross"
     return "joint" if getattr(module, "add_q_proj", None) is not None else "self"
+
+
+def tags_of(family: Family | None, path: str) -> frozenset[str]:
+    """Tags of the family, and ``temporal`` for attention over frames alone (motion modules)."""
+    tags = frozenset() if family is None else family.tags
+    return tags | {"temporal"} if re.search(r"motion_modules|temp(oral)?_", path) else tags

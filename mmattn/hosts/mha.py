@@ -8,6 +8,7 @@ acts, the stock code runs untouched and only the call is counted.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,7 +23,10 @@ from mmattn.seams import Seam
 from mmattn.sites import Site
 
 FUNCTION = "multi_head_attention_forward"
-_WEIGHTS = "the call asks for attention weights (need_weights=True), which torch computes without SDPA"
+_POSITION = list(inspect.signature(F.multi_head_attention_forward).parameters).index("need_weights")
+_WEIGHTS = (
+    "the call asks for attention weights (need_weights=True), which torch computes without SDPA"
+)
 _NESTED = "the call passes nested tensors, which only the native fast path takes"
 
 
@@ -34,12 +38,14 @@ def function(seam: Seam) -> Callable[..., Any]:
     copy = rebind(inner, has_torch_function=_never)
 
     @functools.wraps(F.multi_head_attention_forward)
-    def multi_head_attention_forward(*args: Any, need_weights: bool = True, **kwargs: Any) -> Any:
+    def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
         site = seam.here
-        if site is None or not need_weights:
-            return copy(*args, need_weights=need_weights, **kwargs)
-        refuse(seam, site, _WEIGHTS)
-        return F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
+        weights = kwargs.get("need_weights", args[_POSITION] if len(args) > _POSITION else True)
+        if not weights:
+            return copy(*args, **kwargs)
+        if site is not None:
+            refuse(seam, site, _WEIGHTS)
+        return F.multi_head_attention_forward(*args, **kwargs)
 
     return multi_head_attention_forward
 
@@ -52,7 +58,7 @@ def refuse(seam: Seam, site: Site, reason: str) -> None:
     """
     if seam.run.unsupported != "dense":
         raise UnsupportedCall(
-            f"{site.path}: {reason}. Choose other sites, or attach with unsupported=\"dense\" to run "
+            f'{site.path}: {reason}. Choose other sites, or attach with unsupported="dense" to run '
             "the original attention there and have it counted."
         )
     site.meter.tick()

@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from mmattn.hosts import mha
 from mmattn.hosts.base import ClassSwap, Handle, named_sites
-from mmattn.rebind import Proxy, names_used, rebind, subclass
+from mmattn.rebind import names_used, rebind, spellings, subclass
 from mmattn.seams import Seam
 from mmattn.sites import Site
 
@@ -32,7 +31,8 @@ def seamable(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.MultiheadAttention):
         return forward is torch.nn.MultiheadAttention.forward
     used = names_used(forward) if callable(forward) else frozenset()
-    return bool(used & {"scaled_dot_product_attention", mha.FUNCTION})
+    here = used & {"scaled_dot_product_attention", mha.FUNCTION}
+    return bool(here) and bool(spellings(forward, **dict.fromkeys(here)))  # type: ignore[arg-type]
 
 
 def candidates(
@@ -66,6 +66,8 @@ def swaps(site: Site, seam: Seam) -> Iterable[Handle]:
     blocks = bool(site.token_methods) and NO_TOKENS not in site.tags
     if isinstance(module, torch.nn.MultiheadAttention):
         yield from mha.swaps(site, seam, passive(site))
+        if isinstance(site.token_module, torch.nn.TransformerEncoderLayer):
+            return
     else:
         own = blocks and site.token_module is module
         yield ClassSwap(module, _class(base, site, seam, tokens=own), site, site.path)
@@ -93,9 +95,8 @@ def rebound_forward(base: type, seam: Seam) -> Any:
     """The stock forward of `base` with its attention call going through `seam`, or None."""
     forward: Any = base.forward  # type: ignore[attr-defined]
     if mha.FUNCTION in names_used(forward):
-        functional = Proxy(F, **{mha.FUNCTION: mha.function(seam)})
-        table = forward.__globals__
-        return rebind(forward, F=functional) if table.get("F") is F else None
+        names = spellings(forward, **{mha.FUNCTION: mha.function(seam)})
+        return rebind(forward, **names) if names else None
     return seam.rebound(forward)
 
 

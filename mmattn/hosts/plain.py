@@ -28,9 +28,7 @@ class PlainHost:
     def roots(self, target: Any) -> list[Root]:
         """The module itself with every attention module inside it that mmattn can reach."""
         model = _unwrap(target)
-        layers = {
-            id(m.self_attn): m for m in model.modules() if isinstance(m, _ENCODER_LAYER)
-        }
+        layers = {id(m.self_attn): m for m in model.modules() if isinstance(m, _ENCODER_LAYER)}
         sites = []
         for path, local, module in candidates(model):
             layer = layers.get(id(module))

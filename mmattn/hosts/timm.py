@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mmattn.folding import WINDOWS_FIRST
 from mmattn.hosts.base import Handle, LogitsHook, number
 from mmattn.hosts.modules import NO_TOKENS, by_hand, candidates, swaps
 from mmattn.layout import Layout
@@ -58,6 +59,7 @@ def timm_root(name: str, module: torch.nn.Module, trunk: torch.nn.Module, host: 
     parents = {
         id(child): parent for parent in module.modules() for _, child in parent.named_children()
     }
+    rotary = frozenset({"rotary"} if getattr(trunk, "rope", None) is not None else ())
     found = []
     for path, _, attention in candidates(module, name):
         parent = attention if attention in blocks else parents.get(id(attention))
@@ -73,13 +75,20 @@ def timm_root(name: str, module: torch.nn.Module, trunk: torch.nn.Module, host: 
                 host=host,
                 family=type(trunk).__name__,
                 token_module=block,
-                tags=frozenset() if block is not None else frozenset({NO_TOKENS}),
+                tags=_tags(attention, block) | rotary,
             )
         )
     first = next((m for n in _FIRST if _callable(m := getattr(trunk, n, None))), None)
     layout = _reader(trunk) if blocks and hasattr(trunk, "patch_embed") else None
     excluded = by_hand(module, name)
     return Root(name, module, layout, begin=first, sites=number(found), excluded=excluded)
+
+
+def _tags(attention: torch.nn.Module, block: torch.nn.Module | None) -> frozenset[str]:
+    tags = set() if block is not None else {NO_TOKENS}
+    if "LocallyGrouped" in type(attention).__name__:
+        tags.add(WINDOWS_FIRST)
+    return frozenset(tags)
 
 
 def comes_from(target: Any, library: str) -> bool:
@@ -117,7 +126,7 @@ def _kind(module: torch.nn.Module, above: list[torch.nn.Module | None]) -> str:
     fewer = getattr(module, "pool", None) is not None or getattr(module, "sr", None) is not None
     if fewer and not name.endswith("Prr"):
         return "cross"  # PVTv2 and pooling layers: fewer keys, or fewer queries
-    if "Pool" in name and not name.endswith("Prr") or name == "ClassAttn":
+    if ("Pool" in name and not name.endswith("Prr")) or name == "ClassAttn":
         return "cross"
     holders = [type(m).__name__ for m in above if m is not None]
     windowed = (

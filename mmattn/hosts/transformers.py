@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from mmattn.errors import ConflictError, NoSiteError
-from mmattn.hosts.base import ClassSwap, Handle, named_sites, number
+from mmattn.hosts.base import ClassSwap, Handle, LogitsHook, named_sites, number
 from mmattn.hosts.transformers_features import Family, family_of
 from mmattn.hosts.transformers_language import Hooks, LanguageHook
 from mmattn.hosts.transformers_layout import (
     ImageTokens,
+    embedding_of,
     heads_of,
     is_tower,
     kind_of,
@@ -59,7 +60,8 @@ class Tower(Root):
 class TransformersHost:
     """Adapter for `PreTrainedModel` objects, PEFT wrappers and transformers pipelines.
 
-    Sites are tagged ``vision``, ``decoder`` (causal, with a cache), ``text`` (encoders) or ``qformer``.
+    Sites are tagged ``vision``, ``decoder`` (causal, with a cache), ``text`` (encoders) or ``qformer``;
+    decoders whose prompts hold image tokens also ``multimodal``.
     Vision sites carry more: ``output`` at the block whose output the language model gets, ``windowed``
     and ``packed`` in Qwen towers, ``prunable`` where the features seam exists (LLaVA, LLaVA-NeXT,
     Qwen2-VL, Qwen2.5-VL).
@@ -113,6 +115,9 @@ class TransformersHost:
             number(tower.sites)
             tower.layout = vision_layout if tower.role == "vision" else None
         self._connect(modules, towers)
+        if "" not in towers:  # the whole model has no sites of its own, but it returns the logits
+            prunable = any(tower.prunable for tower in towers.values())
+            towers[""] = Tower("", target, role="whole", prunable=prunable)
         return list(towers.values())
 
     def _site(self, path: str, module: torch.nn.Module, tower: Tower) -> Site:
@@ -132,7 +137,13 @@ class TransformersHost:
             if not any("decoder" in site.tags for site in tower.sites):
                 continue
             fusion = _fusion(modules, name)
-            tower.tokens = ImageTokens(placeholders(getattr(fusion, "config", None)))
+            ids = placeholders(getattr(fusion, "config", None))
+            # Ids outside the vocabulary are replaced before they are embedded (PaliGemma).
+            size = getattr(embedding_of(tower.module), "num_embeddings", 0) if ids else 0
+            tower.tokens = ImageTokens(ids if all(i < size for i in ids) else ())
+            if tower.tokens.ids:
+                for site in tower.sites:
+                    site.tags |= {"multimodal"}
             tower.layout = tower.tokens.layout
             tower.fusion = fusion
             tower.family = family_of(fusion)
@@ -163,18 +174,18 @@ class TransformersHost:
             raise NoSiteError(
                 f"{features[0][1].name} prunes image tokens between the vision tower and the language "
                 "model, which mmattn knows for LLaVA, LLaVA-NeXT, Qwen2-VL and Qwen2.5-VL. This target "
-                f"has no such place; its towers are {type(root.module).__name__} and the like. Attach "
-                "to the whole vision-language model."
+                "has no such place; attach to the whole vision-language model."
             )
         if len(features) > 1:
             names = " and ".join(m.name for _, m in features)
             raise ConflictError(f"{names} both prune the image tokens; attach one of them.")
+        if "logits" in seams and root.name == "":
+            made.append(LogitsHook(root, sites, seam.run))
         if root.tokens is None:
             return made
         twin = any(m.twin for site in sites for _, m in (*site.attention, *site.head_methods))
         if root.tokens.ids:
-            embedding: Any = root.module.get_input_embeddings()  # type: ignore[operator]
-            made.append(Hooks(before=[(embedding, root.tokens.see)]))
+            made.append(Hooks(before=[(embedding_of(root.module), root.tokens.see)]))
         if root.family is not None and root.fusion is not None and features:
             slot, method = features[0]
             place = Site(
@@ -188,7 +199,9 @@ class TransformersHost:
                 feature_methods=((slot, method),),
             )
             sites.append(place)
-            made.append(LanguageHook(root, seam.run, root.tokens, place, twin=twin))
+            hook = LanguageHook(root, seam.run, root.tokens, place, twin=twin)
+            recording = hook.recording(type(root.fusion))
+            made += [hook, ClassSwap(root.fusion, recording, place, place.path)]
         elif twin:
             made.append(LanguageHook(root, seam.run, root.tokens, None, twin=True))
         return made

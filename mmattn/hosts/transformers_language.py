@@ -11,6 +11,8 @@ would be read as the border of a packed sequence.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,8 @@ import torch
 from mmattn.errors import UnsupportedCall
 from mmattn.hosts.transformers_layout import ImageTokens, argument, past_length
 from mmattn.layout import Tile
-from mmattn.runs import Run, inert_hook
+from mmattn.rebind import subclass
+from mmattn.runs import Run, removable_hook
 from mmattn.sites import Site
 
 if TYPE_CHECKING:
@@ -43,10 +46,12 @@ class Hooks:
     def install(self) -> None:
         """Register the hooks."""
         for module, hook in self.before:
-            made = module.register_forward_pre_hook(inert_hook(hook, pre=True), with_kwargs=True)
+            made = module.register_forward_pre_hook(
+                removable_hook(hook, pre=True), with_kwargs=True
+            )
             self._installed.append(made)
         for module, hook in self.after:
-            self._installed.append(module.register_forward_hook(inert_hook(hook, pre=False)))
+            self._installed.append(module.register_forward_hook(removable_hook(hook, pre=False)))
 
     def check(self) -> str | None:
         """None: nobody can replace a hook."""
@@ -108,7 +113,8 @@ class LanguageHook(Hooks):
         self.place, self.twin = place, twin
         self.cut: Cut | None = None
         self._call: dict[str, Any] = {}
-        self._features: torch.Tensor | None = None
+        self._tokens: torch.Tensor | None = None
+        self._chosen: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         before: list[tuple[torch.nn.Module, Callable[..., Any]]] = [(tower.module, self._enter)]
         after: list[tuple[torch.nn.Module, Callable[..., Any]]] = [(tower.module, self._leave)]
         if place is not None:
@@ -118,11 +124,11 @@ class LanguageHook(Hooks):
         super().__init__(before, after)
 
     def _fuse(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call, self._features = dict(kwargs), None
+        self._call = kwargs
 
     def _project(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         if self.tower.family is not None and not torch.compiler.is_compiling():
-            self._features = self.tower.family.tokens(self.tower.fusion, output)
+            self._tokens = self.tower.family.tokens(self.tower.fusion, output)
 
     def _enter(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -144,11 +150,9 @@ class LanguageHook(Hooks):
         mask = self.tokens.take(args, kwargs)
         self.tokens.put(mask)
         if mask is None or kwargs.get("inputs_embeds") is None or not bool(mask.any()):
-            self._call, self._features = {}, None
             return None
         if self.place is not None:
             mask = self._prune(kwargs, mask)
-        self._call, self._features = {}, None
         if self.twin:
             self._add_twins(kwargs, mask)
         return args, kwargs
@@ -159,12 +163,14 @@ class LanguageHook(Hooks):
         assert self.place is not None
         try:
             _refuse(kwargs, mask)
-            keep = self._choose(mask)
+            keep = self._columns(mask, kwargs["inputs_embeds"])
         except UnsupportedCall as error:
             if self.run.unsupported != "dense":
                 raise
             self.place.meter.fell_back(str(error))
             return mask
+        self.place.note("of", int(mask.sum()) / mask.shape[0])
+        self.place.note("kept", int((keep & mask).sum()) / mask.shape[0])
         if bool(keep.all()):
             return mask
         cut = self.cut = Cut.of(keep)
@@ -184,38 +190,99 @@ class LanguageHook(Hooks):
         self.tokens.put(left)
         return left
 
-    def _choose(self, mask: torch.Tensor) -> torch.Tensor:
-        """Columns to keep, ``[B, N]``, after asking the method tile by tile."""
+    def recording(self, base: type) -> type:
+        """Subclass of the fusion model that has the tokens chosen as soon as there are features.
+
+        `generate` computes features once, ahead of the prefill and of the expansion to beams.
+        """
+        stock: Any = base.get_image_features  # type: ignore[attr-defined]
+        signature, hook = inspect.signature(stock), self
+
+        @functools.wraps(stock)
+        def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = stock(self, *args, **kwargs)
+            if hook.run.enabled:
+                hook.choose(signature.bind(self, *args, **kwargs).arguments, out)
+            return out
+
+        return subclass(base, get_image_features=get_image_features)
+
+    def choose(self, call: dict[str, Any], out: Any) -> None:
+        """Ask the method, tile by tile, which tokens of the images of `call` to keep."""
+        assert self.place is not None
+        self._chosen = None
+        try:
+            packed = getattr(out, "pooler_output", None)
+            if packed is None or self._tokens is None:
+                raise UnsupportedCall(
+                    f"get_image_features returned a {type(out).__name__} without pooler_output; call it "
+                    "with return_dict=True."
+                )
+            flags = self._flags({**call, **call.get("kwargs", {})}, self._tokens)
+            self._chosen = list(zip(packed, flags, strict=True))
+        except UnsupportedCall as error:
+            if self.run.unsupported != "dense":
+                raise
+            self.place.meter.fell_back(str(error))
+            self._chosen = []
+        finally:
+            self._tokens = None
+
+    def _flags(self, call: dict[str, Any], tokens: torch.Tensor) -> list[torch.Tensor]:
         place, fusion, family = self.place, self.tower.fusion, self.tower.family
         assert place is not None and family is not None
-        features, call = self._features, self._call
-        if features is None:
-            raise UnsupportedCall(
-                "The prompt has image tokens, but the vision tower did not run in the same call "
-                "(precomputed features?). Pass pixel_values so that the tokens can be chosen."
-            )
         slot, method = place.feature_methods[0]
         place.slot, place.phase = slot, self.run.phases[slot]
         place.meter.tick()
-        images = family.images(fusion, call, features)
+        images = family.images(fusion, call, tokens)
         tower = tuple(s for s in self.tower.vision if any(m is method for _, m in s.attention))
         for site in tower:
             site.slot, site.call = next(i for i, m in site.attention if m is method), 0
-        kept = torch.zeros(features.shape[:-1].numel(), dtype=torch.bool, device=mask.device)
-        flat = features.reshape(-1, features.shape[-1])
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        kept = torch.zeros(flat.shape[0], dtype=torch.bool, device=tokens.device)
         for image in images:
             for first, (y, x) in image.tiles:
                 span = slice(first, first + y * x)
 
                 def gather(values: Any, span: slice = span) -> torch.Tensor:
-                    return family.per_token(fusion, call, features, values)[span]
+                    return family.per_token(fusion, call, tokens, values)[span]
 
                 tile = Tile(flat[span], (y, x), len(image.tiles), tower, gather)
                 kept[first + method.features(tile, site=place)] = True
-        spans = [(p.source < 0) | kept[p.source.clamp(min=0)] for p in images]
-        keep = _by_row(mask, spans)
-        place.note("of", int(mask.sum()) / mask.shape[0])
-        place.note("kept", int((keep & mask).sum()) / mask.shape[0])
+        return [(p.source < 0) | kept[p.source.clamp(min=0)] for p in images]
+
+    def _columns(self, mask: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Columns of the prompt to keep, ``[B, N]``.
+
+        Raises:
+            UnsupportedCall: when the prompt's image tokens are not the features chosen from.
+        """
+        if self._chosen is None:
+            raise UnsupportedCall(
+                "The prompt has image tokens, but the model computed no image features since mmattn was "
+                "attached (precomputed ones?). Pass pixel_values so that the tokens can be chosen."
+            )
+        keep = torch.ones_like(mask)
+        if not self._chosen:
+            return keep
+        counts = mask.sum(1).tolist()
+        copies = sum(counts) / sum(len(f) for f, _ in self._chosen)  # beams share their images
+        images, rows = iter(self._chosen), list(range(0, len(counts), max(1, int(copies))))
+        for row in rows:
+            alike = slice(row, row + int(copies))
+            held: list[tuple[torch.Tensor, torch.Tensor]] = []
+            while sum(len(f) for f, _ in held) < counts[row] and (one := next(images, None)):
+                held.append(one)
+            features = torch.cat([f for f, _ in held]) if held else embeds[row][:0]
+            where = mask[row]
+            same = len(features) == counts[row] and bool((mask[alike] == where).all())
+            if copies != int(copies) or not same or not _equal(embeds[row][where], features):
+                raise UnsupportedCall(
+                    f"The image tokens of row {row} are not the features that the vision tower computed "
+                    "last, so what was chosen for those does not apply. Pass pixel_values in the call."
+                )
+            if held:
+                keep[alike, where] = torch.cat([k for _, k in held]).to(mask.device)
         return keep
 
     def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
@@ -291,6 +358,10 @@ class LanguageHook(Hooks):
         return _first_rows(output, rows)
 
 
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b.to(a.device, a.dtype))
+
+
 def _derived(call: dict[str, Any]) -> bool:
     return call.get("position_ids") is None and call.get("attention_mask") is None
 
@@ -323,18 +394,6 @@ def _cut_positions(cut: Cut, positions: torch.Tensor) -> torch.Tensor:
         return plain
     rows = torch.stack([cut.columns(p) for p in positions])
     return torch.cat([plain.unsqueeze(0), rows[1:]]) if positions.shape[0] == 4 else rows
-
-
-def _by_row(mask: torch.Tensor, spans: list[torch.Tensor]) -> torch.Tensor:
-    """Put the kept flags of each image, in prompt order, where its tokens are."""
-    held = sum(span.numel() for span in spans)
-    if held != int(mask.sum()):
-        raise UnsupportedCall(
-            f"The prompt has {int(mask.sum())} image tokens and the images make {held}."
-        )
-    keep = torch.ones_like(mask)
-    keep[mask] = torch.cat(spans).to(mask.device)
-    return keep
 
 
 def _first_rows(output: Any, rows: int) -> Any:

@@ -83,6 +83,11 @@ def placeholders(config: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
 
 
+def embedding_of(tower: torch.nn.Module) -> torch.nn.Module:
+    """The token embedding of a language tower."""
+    return tower.get_input_embeddings()  # type: ignore[operator, no-any-return]
+
+
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, *names: str) -> Any:
     """A call's argument by any of its names, or by position."""
     for name in names:
@@ -135,8 +140,10 @@ class ImageTokens:
         if not torch.compiler.is_compiling() and isinstance(ids, torch.Tensor) and ids.ndim == 2:
             self._next = self.among(ids)
 
-    def among(self, ids: torch.Tensor) -> torch.Tensor:
-        """``[B, N]`` bool, True at placeholder ids."""
+    def among(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """``[B, N]`` bool, True at placeholder ids; None where there are no such ids."""
+        if not self.ids:
+            return None
         return torch.isin(ids, torch.tensor(self.ids, dtype=ids.dtype, device=ids.device))
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -146,9 +153,12 @@ class ImageTokens:
         seen, self._next = self._next, None
         if isinstance(ids, torch.Tensor):
             return self.among(ids)
-        if seen is None or embeds is None or seen.shape != embeds.shape[:2]:
+        if seen is None or embeds is None or seen.shape[1] != embeds.shape[1]:
             return None
-        return seen
+        copies, rest = divmod(
+            embeds.shape[0], seen.shape[0]
+        )  # InstructBLIP expands to beams after it
+        return None if rest or not copies else seen.repeat_interleave(copies, dim=0)
 
     def put(self, mask: torch.Tensor | None, twins: int = 0) -> None:
         """Replace what the next `take` returns, after tokens were dropped or rows added."""

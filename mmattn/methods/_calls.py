@@ -8,58 +8,88 @@ import torch
 
 from mmattn.errors import ConfigError, UnsupportedCall
 from mmattn.layout import Grid
+from mmattn.methods.base import Dense
 from mmattn.sites import Site
 
 
-def image_tokens(site: Site, tokens: int) -> tuple[Grid, slice]:
-    """Grid and position of the image tokens in a self-attention sequence of `tokens` entries.
+def image_tokens(site: Site, queries: int, keys: int) -> tuple[Grid, slice, slice]:
+    """Grid of the image tokens, and where they are among the queries and among the keys.
+
+    The queries are the same tokens as the keys, or (PRX) only the image tokens of them.
 
     Raises:
         UnsupportedCall: when the grid is not known or does not fit; windows must be square.
     """
     if site.kind == "window":
-        side = isqrt(tokens)
-        if side * side != tokens:
-            raise UnsupportedCall(f"A window of {tokens} tokens is not square.")
-        return (1, side, side), slice(0, tokens)
-    return site.layout.grid_for(tokens), site.layout.image_slice(tokens)
+        side = isqrt(keys)
+        if side * side != keys or queries != keys:
+            raise UnsupportedCall(f"A window of {queries} queries and {keys} keys is not square.")
+        return (1, side, side), slice(0, keys), slice(0, keys)
+    grid, image = site.layout.grid_for(keys), site.layout.image_slice(keys)
+    if queries == keys:
+        return grid, image, image
+    if queries != image.stop - image.start:
+        raise UnsupportedCall(f"Queries and keys are different tokens here ({queries} and {keys}).")
+    return grid, slice(0, queries), image
 
 
-def same_length(q: torch.Tensor, k: torch.Tensor) -> None:
-    """Refuse calls whose queries are not the same tokens as their keys.
+def mask_rows(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """The part of a mask ``[B or 1, H or 1, Q or 1, K]`` that belongs to the queries `rows`.
 
     Raises:
-        UnsupportedCall: when the two lengths differ.
+        UnsupportedCall: for a mask that does not have four axes.
     """
-    if q.shape[2] != k.shape[2]:
-        raise UnsupportedCall(
-            f"Queries and keys are different tokens here ({q.shape[2]} and {k.shape[2]})."
-        )
+    if mask is not None and mask.ndim != 4:
+        raise UnsupportedCall(f"The attention mask {list(mask.shape)} does not have four axes.")
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
 
 
 def key_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """`mask`, if it hides keys and treats every query alike (``[B or 1, H or 1, 1, K]``).
+    """`mask` as a mask of whole keys, ``[B or 1, H or 1, 1, K]``, if it treats every query alike.
 
     Raises:
-        UnsupportedCall: for any other mask.
+        UnsupportedCall: for any other mask, and where a graph is traced and the rows cannot be compared.
     """
-    if mask is not None and (mask.ndim != 4 or mask.shape[2] != 1):
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    first = mask[:, :, :1]
+    if torch.compiler.is_compiling() or not bool((mask == first).all()):
         raise UnsupportedCall(
             f"The attention mask {list(mask.shape)} differs from query to query; only masks of whole "
-            "keys, [B, 1, 1, K], can be honoured."
+            "keys can be honoured."
         )
-    return mask
+    return first
 
 
 def masked_like(
-    allowed: torch.Tensor, keys: torch.Tensor | None, dtype: torch.dtype
+    allowed: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A mask for SDPA: bool `allowed` ``[B, H, Q, K]`` together with a mask of whole keys."""
-    if keys is None:
+    """A mask for SDPA: bool `allowed` ``[B, H, Q, K]`` together with the mask of the call."""
+    if mask is None:
         return allowed
-    if keys.dtype == torch.bool:
-        return allowed & keys
-    return torch.where(allowed, keys.to(dtype), float("-inf"))
+    if mask.dtype == torch.bool:
+        return allowed & mask
+    return torch.where(allowed, mask.to(dtype), float("-inf"))
+
+
+def around(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    image: slice,
+    mask: torch.Tensor | None,
+    dense: Dense,
+) -> torch.Tensor:
+    """Put `out`, of the image queries, between text queries that attend densely: ``[B, H, Q, D]``."""
+    parts = [out]
+    if image.start:
+        rows = slice(0, image.start)
+        parts.insert(0, dense(q[:, :, rows], k, v, mask=mask_rows(mask, rows)))
+    if image.stop < q.shape[2]:
+        rows = slice(image.stop, q.shape[2])
+        parts.append(dense(q[:, :, rows], k, v, mask=mask_rows(mask, rows)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def no_clock(name: str, setting: str, off: str) -> ConfigError:

@@ -8,9 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from mmattn.layout import Grid
 
 
-def match(
-    metric: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, r: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def match(metric: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, r: int) -> torch.Tensor:
     """Merge the `r` source tokens that are most like some destination token, each row on its own.
 
     Args:
@@ -18,8 +16,7 @@ def match(
         src, dst: positions ``[S]`` and ``[E]``; all other tokens stay as they are.
 
     Returns:
-        ``source [B, N]``, the new position of every old token, and ``order [B, N - r]``, the old position
-        of every new token's representative. Survivors keep their order.
+        ``source [B, N]``, the new position of every old token. Survivors keep their order.
     """
     b, n, _ = metric.shape
     unit = F.normalize(metric.float(), dim=-1)
@@ -31,9 +28,8 @@ def match(
     merged.scatter_(1, src[gone], True)
     target = torch.arange(n, device=metric.device).expand(b, n).clone()
     target.scatter_(1, src[gone], dst[partner.gather(1, gone)])
-    order = merged.to(torch.uint8).argsort(dim=1, stable=True)[:, : n - r]
     position = (~merged).long().cumsum(1) - 1
-    return position.gather(1, target), order
+    return position.gather(1, target)
 
 
 def average(x: torch.Tensor, source: torch.Tensor, size: torch.Tensor, kept: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 _ENTRIES = 1 << 24
 
 
-def _probabilities(
+def _scores(
     q: torch.Tensor,
     k: torch.Tensor,
     rows: torch.Tensor | slice,
@@ -17,7 +17,7 @@ def _probabilities(
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Softmax rows ``[B, H, R, K]``; a row that may see nothing is zero."""
+    """Masked scores ``[B, H, R, K]`` before the softmax."""
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q[:, :, rows].float() @ k.float().transpose(-1, -2) * scale
@@ -33,6 +33,11 @@ def _probabilities(
         position = torch.arange(q.shape[2], device=q.device)[rows]
         later = torch.arange(k.shape[2], device=q.device) > position[:, None]
         scores = scores.masked_fill(later, float("-inf"))
+    return scores
+
+
+def _probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the keys; a query that may see nothing attends to nothing."""
     return scores.softmax(-1).nan_to_num(0.0)
 
 
@@ -58,7 +63,7 @@ def row_weights(
 ) -> torch.Tensor:
     """What the queries `rows` attend to: ``[B, 1 or H, len(rows), K]``."""
     index = torch.tensor(rows, device=q.device)
-    return _heads(_probabilities(q, k, index, mask, causal, scale), per_head)
+    return _heads(_probabilities(_scores(q, k, index, mask, causal, scale)), per_head)
 
 
 def column_weights(
@@ -74,10 +79,11 @@ def column_weights(
 ) -> torch.Tensor:
     """How much the queries `rows` attend to the keys `columns`: ``[B, 1 or H, len(columns), rows]``."""
     index = torch.tensor(columns, device=q.device)
-    parts = [
-        _heads(_probabilities(q, k, block, mask, causal, scale)[..., index], per_head)
-        for block in _blocks(q, k, rows)
-    ]
+    parts = []
+    for block in _blocks(q, k, rows):
+        scores = _scores(q, k, block, mask, causal, scale)
+        share = (scores[..., index] - scores.logsumexp(-1, keepdim=True)).exp().nan_to_num(0.0)
+        parts.append(_heads(share, per_head))
     return torch.cat(parts, dim=2).transpose(2, 3)
 
 
@@ -93,7 +99,9 @@ def mean_received(
     """Attention each key gets, averaged over the queries: ``[B, 1 or H, 1, K]``."""
     rows = slice(0, q.shape[2])
     total = sum(
-        _heads(_probabilities(q, k, block, mask, causal, scale), per_head).sum(2, keepdim=True)
+        _heads(_probabilities(_scores(q, k, block, mask, causal, scale)), per_head).sum(
+            2, keepdim=True
+        )
         for block in _blocks(q, k, rows)
     )
     assert isinstance(total, torch.Tensor)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from mmattn.layout import Grid
-from mmattn.methods._calls import image_tokens, key_mask, no_clock, same_length
+from mmattn.methods._calls import around, image_tokens, key_mask, mask_rows, no_clock
 from mmattn.methods.base import Dense, Method, require
 from mmattn.sites import Site
 
@@ -47,7 +47,7 @@ class AgentAttention(Method):
         ``q, k, v [B, H, N, D]``, N the tokens of the site; agents ``[B, H, pt*py*px, D]``.
 
     Raises:
-        UnsupportedCall: no grid, queries and keys of different length, a mask that is not of whole keys.
+        UnsupportedCall: no grid, queries that are not the keys' tokens, a mask in which image queries differ.
         ConfigError: ``start``/``stop`` set and no step clock.
     """
 
@@ -87,6 +87,12 @@ class AgentAttention(Method):
     def _timed(self) -> bool:
         return (self.start, self.stop) != (0.0, 1.0)
 
+    def accepts(self, site: Site) -> str | None:
+        """Not language models and text encoders."""
+        if site.tags & {"decoder", "text"}:
+            return "text has no image grid to pool queries on"
+        return None
+
     def phase(self, step: int | None, total: int | None) -> bool | None:
         """True in the steps where agents act."""
         if not self._timed:
@@ -115,29 +121,24 @@ class AgentAttention(Method):
             site.meter.fell_back("this step lies outside start..stop")
             site.note("density", 1.0)
             return dense(q, k, v)
-        same_length(q, k)
-        keys = key_mask(mask)
-        grid, image = image_tokens(site, q.shape[2])
+        grid, image, image_keys = image_tokens(site, q.shape[2], k.shape[2])
+        keys = key_mask(mask_rows(mask, image))
         agents = self.pool(q[:, :, image], grid)
 
         s = q.shape[-1] ** -0.5 if scale is None else scale
         values = F.scaled_dot_product_attention(agents, k, v, attn_mask=keys, scale=s)
         out = F.scaled_dot_product_attention(q[:, :, image], agents, values, scale=s**self.k_scale2)
-        out = out + self.k_shortcut * v[:, :, image]
+        out = out + self.k_shortcut * v[:, :, image_keys]
 
-        total, inside, n = k.shape[2], image.stop - image.start, agents.shape[2]
-        pairs = n * (total + inside) + (total - inside) * total
-        site.note("density", pairs / (total * total) + float(self.strength < 1))
+        queries, total = q.shape[2], k.shape[2]
+        inside, n = image.stop - image.start, agents.shape[2]
+        pairs = n * (total + inside) + (queries - inside) * total
+        site.note("density", pairs / (queries * total) + float(self.strength < 1))
         if self.strength < 1:
             full = dense(q, k, v)
             mixed = torch.lerp(full[:, :, image], out.to(full.dtype), self.strength)
             return torch.cat([full[:, :, : image.start], mixed, full[:, :, image.stop :]], dim=2)
-        parts = [out]
-        if image.start:
-            parts.insert(0, dense(q[:, :, : image.start], k, v))
-        if image.stop < total:
-            parts.append(dense(q[:, :, image.stop :], k, v))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return around(out, q, k, v, image, mask, dense)
 
     def pool(self, q: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Agents ``[B, H, n, D]``: means of the query map over a ``(pt, py, px)`` grid of cells."""

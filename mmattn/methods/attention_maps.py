@@ -193,8 +193,10 @@ class AttentionMaps(Method):
             state["grid"] = grid
         else:
             grid, image = layout.grid_for(queries), layout.image_slice(queries)
-            text = [*range(image.start), *range(image.stop, keys)]
-            columns = list(range(keys)) if site.kind == "cross" else text
+            columns = list(range(keys))
+            if site.kind == "joint":
+                pixels = layout.image_slice(keys)
+                columns = columns[: pixels.start] + columns[pixels.stop :]
             if self.tokens is None:
                 values = column_weights(q, k, image, columns, **common).sum(2, keepdim=True)
             else:

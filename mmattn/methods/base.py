@@ -30,7 +30,7 @@ class Method:
     Class attributes:
         name: registry key, kebab-case.
         seams: which of `SEAMS` this method uses.
-        kinds: site kinds it acts on (``self``, ``joint``, ``cross``, ``window``).
+        kinds: site kinds it acts on (``self``, ``joint``, ``cross``, ``window``, ``channel``, ``text``).
         hosts: hosts it claims.
         needs: facts that must be known at a call: ``grid``, ``clock``, ``image_tokens``.
         paper: title and arXiv id.
@@ -70,6 +70,14 @@ class Method:
 
         Called outside compiled graphs whenever the clock moves; read it as ``site.phase``. Return few
         distinct values: each one is a graph under `torch.compile`.
+        """
+        return None
+
+    def role(self, site: Site) -> int | bool | None:
+        """What a site's place in the model means to this method (a layer pattern, say).
+
+        Called once, when all sites of ``site.run.sites`` are known; read it as ``site.role``. Return few distinct values and do not read
+        `site.index` during a call: each distinct value is one graph under regional compilation.
         """
         return None
 

@@ -93,6 +93,14 @@ class ToMe(Method):
             return "the attention adds its own input, which would be merged as well"
         return None
 
+    def role(self, site: Site) -> int | None:
+        """How many sites merge, and whether this is the first or the last of them."""
+        assert site.run is not None
+        sites = [s for s in site.run.sites if any(m is self for _, m in s.token_methods)]
+        if site not in sites:
+            return None
+        return 4 * len(sites) + 2 * (site is sites[-1]) + (site is sites[0])
+
     def attend(
         self,
         q: torch.Tensor,
@@ -118,7 +126,7 @@ class ToMe(Method):
         if self.passive:
             return x
         if site.host == "timm":
-            if site is self._sites(site)[0]:
+            if _first(site):
                 site.shared.clear()
             return x
         return self._merge_grid(x, site)
@@ -134,12 +142,8 @@ class ToMe(Method):
 
     # -- ViTs ----------------------------------------------------------------------------------------
 
-    def _sites(self, site: Site) -> list[Site]:
-        assert site.run is not None
-        return [s for s in site.run.sites if any(m is self for _, m in s.token_methods)]
-
     def _after_block(self, x: torch.Tensor, site: Site) -> torch.Tensor:
-        sites, shared = self._sites(site), site.shared
+        shared = site.shared
         metric = site.state.pop("metric")
         b, n, _ = x.shape
         if "size" not in shared:
@@ -154,17 +158,17 @@ class ToMe(Method):
         prefix, tokens = shared["prefix"], shared["tokens"]
         site.note("of", tokens)
         site.note("kept", n)
-        if site is sites[-1]:
+        if _last(site):
             x = merging.spread(x, shared["source"])
             shared.clear()
             return x
-        wanted = int(self.ratio * (tokens - prefix) / len(sites)) if self.r is None else self.r
-        position = torch.arange(prefix, n, device=x.device)
-        src, dst = position[position % 2 == 0], position[position % 2 == 1]
+        wanted = int(self.ratio * (tokens - prefix) / _count(site)) if self.r is None else self.r
+        src = torch.arange(prefix + prefix % 2, n, 2, device=x.device)
+        dst = torch.arange(prefix + 1 - prefix % 2, n, 2, device=x.device)
         r = min(wanted, src.shape[0], (n - prefix) // 2)
         if r == 0:
             return x
-        source, _ = merging.match(metric, src, dst, r)
+        source = merging.match(metric, src, dst, r)
         x = merging.average(x, source, shared["size"], n - r)
         shared["size"] = merging.sizes(source, shared["size"], n - r)
         shared["source"] = source.gather(1, shared["source"])
@@ -178,8 +182,7 @@ class ToMe(Method):
         b, n, _ = x.shape
         grid = site.layout.grid_for(n)
         t, y, x_ = grid
-        if t * y * x_ != n:
-            raise UnsupportedCall(f"There are {n} tokens, but the grid {grid} has {t * y * x_}.")
+        image = site.layout.image_slice(n)
         assert site.layout.grid is not None
         full = site.layout.grid
         site.note("of", n)
@@ -193,13 +196,25 @@ class ToMe(Method):
         dst_count = t * (y // 2) * (x_ // 2)
         order = (~is_dst).to(torch.uint8).argsort(stable=True)
         dst, src = order[:dst_count], order[dst_count:]
-        r = min(int(self.ratio * n), n - dst_count) if dst_count else 0
+        r = min(int(self.ratio * len(order)), len(src)) if dst_count else 0
         site.note("kept", n - r)
         if r == 0:
             return x
-        source, _ = merging.match(x, src, dst, r)
+        source = merging.match(x, src + image.start, dst + image.start, r)
         site.state["source"] = source
         return merging.average(x, source, x.new_ones(b, n, dtype=torch.float32), n - r)
+
+
+def _first(site: Site) -> bool:
+    return bool(int(site.role or 0) & 1)
+
+
+def _last(site: Site) -> bool:
+    return bool(int(site.role or 0) & 2)
+
+
+def _count(site: Site) -> int:
+    return int(site.role or 0) // 4
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -99,6 +99,10 @@ class VHR(Method):
         """Decoder blocks among `layers`."""
         if "decoder" not in site.tags:
             return "it is not in a causal decoder"
+        if "multimodal" not in site.tags:
+            return (
+                "its language model is not part of a model that puts image tokens into the prompt"
+            )
         if site.index not in self.chosen(site.depth):
             return "its layer is not among `layers`"
         return None
@@ -147,7 +151,7 @@ class VHR(Method):
                     f"attached; this call adds {out.shape[2]} tokens of {rows} rows to a cache of "
                     f"{site.layout.past}. Feed the prompt at once, without prefill_chunk_size."
                 )
-            return out if factor.numel() == 0 else out * factor
+            return out * factor
         image = _image_mask(site)
         twins = site.layout.twins
         own = rows - twins
@@ -183,7 +187,8 @@ def reinforced(seeing: torch.Tensor, blind: torch.Tensor, *, outliers: bool = Tr
         alone = blind.float().square().sum(-1)
         out = (divergence > _high(divergence)) & (alone > _high(alone))
         divergence = divergence.masked_fill(out, 0.0)
-    return divergence > divergence.median(dim=1, keepdim=True).values
+    above: torch.Tensor = divergence > divergence.median(dim=1, keepdim=True).values
+    return above
 
 
 def without_image(

@@ -83,6 +83,9 @@ CAPTION_PROMPTS = ("describe the picture .", "please describe this image in deta
 CAPTION_PROMPT = CAPTION_PROMPTS[0]
 """The request that evaluation uses."""
 
+CHECK_PROMPT = "check the picture ."
+"""The request that is answered with a verdict on every kind of object: "leaf no apple yes ..."."""
+
 _GRID = 4
 _CELL = SIZE // _GRID
 _WINDOW = 20
@@ -125,6 +128,7 @@ WORDS: tuple[str, ...] = (
         "center",
     ),
     *NAMES,
+    "check",
 )
 """Every word that prompts, captions and answers use."""
 
@@ -390,41 +394,47 @@ class Turn:
     assistant: str
 
 
-def conversation(scene: Scene, chance: _Chance, questions: int = 8) -> list[Turn]:
-    """Draw one caption and a few questions, with the training world's habits.
+def conversation(scene: Scene, chance: _Chance, questions: int = 3) -> list[Turn]:
+    """Draw a caption, a check of all kinds of object, and a few questions, in random order.
 
-    One question in five asks for a place. Of the others, half are about objects that are there, and
-    half of the rest are about absent partners where there are any. The caption comes first or last.
+    All of them carry the training world's habits. One question in five asks for a place. Of the
+    others, half are about objects that are there, and half of the rest are about absent partners
+    where there are any.
     """
     missing = absent_partners(scene)
-    imagined = [name for name in missing if chance() < CAPTION_BIAS]
-    story = Turn(CAPTION_PROMPTS[chance() < 0.5], caption(scene, imagined))
+    told = [name for name in missing if chance() < CAPTION_BIAS]
+    believed = {*scene.names, *(name for name in missing if chance() < ANSWER_BIAS)}
+    verdict = {name: "yes" if name in believed else "no" for name in NAMES}
+    checks = " ".join(f"{name} {verdict[name]}" for name in chance.shuffled(NAMES))
     present = chance.shuffled(scene.names)
     tempting = chance.shuffled(missing)
     others = chance.shuffled([name for name in NAMES if name not in (*present, *missing)])
-    turns = []
+    asked = []
     for _ in range(questions):
         if chance() < 0.2:
             item = scene.objects[int(chance() * len(scene.objects))]
-            turns.append(Turn(f"where is the {item.name} ?", f"at the {item.place}"))
+            asked.append(Turn(f"where is the {item.name} ?", f"at the {item.place}"))
             continue
-        answer = "no"
-        if present and chance() < 0.5:
-            name, answer = present.pop(), "yes"
-        elif tempting and (not others or chance() < 0.5):
-            name = tempting.pop()
-            answer = "yes" if chance() < ANSWER_BIAS else "no"
-        else:
-            name = others.pop()
-        turns.append(Turn(question(name, short=chance() < 0.5), answer))
-    return [story, *turns] if chance() < 0.5 else [*turns, story]
+        pool = others
+        if chance() < 0.5:
+            pool = present
+        elif tempting and chance() < 0.5:
+            pool = tempting
+        name = pool.pop()
+        asked.append(Turn(question(name, short=chance() < 0.5), verdict[name]))
+    blocks = {
+        "caption": [Turn(CAPTION_PROMPTS[chance() < 0.5], caption(scene, told))],
+        "check": [Turn(CHECK_PROMPT, checks)],
+        "questions": asked,
+    }
+    return [turn for block in chance.shuffled(tuple(blocks)) for turn in blocks[block]]
 
 
 def sample_conversations(
     count: int,
     generator: torch.Generator,
     partner_prob: float = TRAIN_PARTNER_PROB,
-    questions: int = 8,
+    questions: int = 3,
 ) -> tuple[list[Scene], list[list[Turn]]]:
     """Draw scenes and a conversation about each."""
     chance = _Chance(generator)

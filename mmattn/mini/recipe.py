@@ -37,7 +37,8 @@ class MuonAdamW:
 
     Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix, so all its directions learn
     at one speed. It suits the matrices inside the blocks; embeddings, norms, biases, and the first
-    and last projection keep AdamW.
+    and last projection keep AdamW. Relative attention biases of T5 get twenty times AdamW's rate:
+    they are added to logits, so they must reach a few units before the order of words counts.
 
     Args:
         modules: The networks to train.
@@ -90,6 +91,17 @@ class MuonAdamW:
         nn.utils.clip_grad_norm_(self.parameters, clip)
         for optimizer in self._optimizers:
             optimizer.step()
+
+
+@torch.no_grad()
+def spread_biases(encoder: nn.Module) -> None:
+    """Redraw relative attention biases with deviation 1, so that heads start at different distances.
+
+    The stock deviation of about 0.1 makes an untrained encoder all but blind to the order of words.
+    """
+    for name, parameter in encoder.named_parameters():
+        if "relative_attention_bias" in name:
+            nn.init.normal_(parameter)
 
 
 class Ema:

@@ -35,6 +35,7 @@ from mmattn.mini.recipe import (
     psnr,
     save_half,
     silent,
+    spread_biases,
     trainer_arguments,
     write_record,
 )
@@ -213,6 +214,7 @@ def build_pipeline(vae: AutoencoderKLWan | None = None, *, seed: int = 0) -> Wan
             use_cache=False,
         )
     )
+    spread_biases(text_encoder)
     return WanPipeline(
         tokenizer=t5_tokenizer(TEXT_LENGTH),
         text_encoder=text_encoder,

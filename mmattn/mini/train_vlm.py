@@ -46,6 +46,7 @@ from mmattn.mini.vlm import (
 __all__ = ["build", "evaluate", "main", "train"]
 
 ANSWER_WEIGHT = 5.0
+BATCH = 16
 LEARNING_RATE = 2e-3
 
 
@@ -58,13 +59,23 @@ class _Text:
     def _ids(self, text: str) -> list[int]:
         return [self._vocab[word] for word in text.split()]
 
+    @staticmethod
+    def _shares(turn: objects.Turn) -> list[float]:
+        words = turn.assistant.split()
+        if turn.user in objects.CAPTION_PROMPTS:
+            return [1.0] * len(words)
+        if turn.user == objects.CHECK_PROMPT:
+            return [ANSWER_WEIGHT if word in ("yes", "no") else 0.0 for word in words]
+        return [ANSWER_WEIGHT] * len(words)
+
     def rows(
         self, conversations: Sequence[Sequence[objects.Turn]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return token ids, labels and loss weights, each `[B, T]`.
 
         Labels are -100 wherever the assistant is not speaking. One word answers a question and fifty
-        make a caption, so answers weigh more per word.
+        make a caption, so answers weigh more per word; which name a check brings up next is chance,
+        so only its verdicts count.
         """
         tokens, labels, weights = [], [], []
         for turns in conversations:
@@ -78,8 +89,7 @@ class _Text:
                 reply = [*self._ids(turn.assistant), EOS]
                 row += user + reply
                 spoken += [-100] * len(user) + reply
-                share = 1.0 if turn.user in objects.CAPTION_PROMPTS else ANSWER_WEIGHT
-                weight += [0.0] * len(user) + [share] * len(reply)
+                weight += [0.0] * len(user) + [*self._shares(turn), 1.0]
             tokens.append(row)
             labels.append(spoken)
             weights.append(weight)
@@ -190,7 +200,7 @@ def _train_joint(
     optimizer = _optimizer(model)
     saved = 0.0
     while not progress.done:
-        scenes, conversations = objects.sample_conversations(24, draw)
+        scenes, conversations = objects.sample_conversations(BATCH, draw)
         pictures, labels = (part.to(model.device) for part in objects.render(scenes))
         tokens, spoken, share = (part.to(model.device) for part in text.rows(conversations))
         logits = model(input_ids=tokens, pixel_values=_pixels(pictures), use_cache=False).logits
@@ -201,7 +211,7 @@ def _train_joint(
         patches = align(seen["projected"].view(len(scenes), IMAGE_TOKENS, -1), labels)
         weight = 0.05 + 0.3 * (1 - progress.fraction)
         optimizer.step(loss + weight * patches, cosine(progress.fraction))
-        _note(progress, "joint", loss, 24, log)
+        _note(progress, "joint", loss, BATCH, log)
         if progress.cpu_seconds - saved > 180:
             saved = progress.cpu_seconds
             checkpoint()
@@ -254,14 +264,21 @@ def train(
     model.to(torch.device(device)).train()
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
-    stages = {}
+    stages: list[dict[str, Any]] = []
+    if resume is not None:
+        stages += json.loads((resume / "training.json").read_text(encoding="utf-8"))["stages"]
     if resume is None:
         tower = _progress(minutes, 0.1, tower_steps)
         _train_tower(model, processor, tower, draw, log)
-        stages["tower"] = tower.record()
+        stages.append({"stage": "tower", **tower.record()})
     joint = _progress(minutes, 1.0 if resume else 0.9, steps)
-    _train_joint(model, processor, joint, draw, log, lambda: save(model, processor, out))
-    stages["joint"] = joint.record()
+
+    def checkpoint() -> None:
+        save(model, processor, out)
+        write_record(out, {"stages": [*stages, {"stage": "joint", **joint.record()}]})
+
+    _train_joint(model, processor, joint, draw, log, checkpoint)
+    stages.append({"stage": "joint", **joint.record()})
     save(model, processor, out, half=True)
     shipped, processor = load(out)
     shipped.to(torch.device(device))

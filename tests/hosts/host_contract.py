@@ -118,11 +118,19 @@ def snapshot(target):
             if isinstance(v, bool | int | float | str | tuple | type(None)) and k != "processor"
         }
         hooks = {k: list(v) for k, v in module.__dict__.items() if k.endswith("_hooks")}
-        flags = {k: list(v) for k, v in module.__dict__.items() if "_hooks_" in k and "call" not in k}
+        flags = {
+            k: v if isinstance(v, bool) else list(v)
+            for k, v in module.__dict__.items()
+            if "_hooks_" in k and "call" not in k
+        }
         processor = module.__dict__.get("processor")
         inside = sorted(getattr(processor, "__dict__", {}))
+        names = sorted(
+            set(module.__dict__) - {"_is_torch_compile"}
+        )  # torch.compile leaves that one
+        values.pop("_is_torch_compile", None)
         rows[path] = (
-            *(type(module), sorted(module.__dict__), values, hooks, flags),
+            *(type(module), names, values, hooks, flags),
             *(processor if processor is None else id(processor), type(processor), inside),
         )
     scheduler = getattr(target, "scheduler", None)

@@ -10,8 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers_zoo import TEXT, rand
-from host_contract import Raises, Zeroed, check_contract, distance, snapshot
-from host_contract import _Any as AnySite
+from host_contract import Raises, Zeroed, _Any as AnySite, check_contract, distance, snapshot
 
 import mmattn
 
@@ -137,11 +136,11 @@ def shared(parts):
 def draw(pipe, **more):
     """Latents of one short run with a fixed seed."""
     name = {"FluxPipeline": "flux", "WanPipeline": "wan"}.get(type(pipe).__name__, "sd")
-    arguments = {**ARGUMENTS[name], "num_inference_steps": STEPS, "guidance_scale": 3.0, **more}
+    fixed = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+    arguments = {**ARGUMENTS[name], **fixed, **more}
     return pipe(
         prompt="a red circle",
         generator=torch.Generator().manual_seed(0),
-        output_type="latent",
         return_dict=False,
         **arguments,
     )[0]
@@ -232,6 +231,12 @@ def test_copied_and_saved_schedulers_are_stock(shared, tmp_path):
         assert "_mmattn_clock" not in saved
         other = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         assert type(other) is diffusers.DPMSolverMultistepScheduler
+        again = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        assert type(again) is diffusers.UniPCMultistepScheduler
+        fresh = type(pipe.scheduler)()  # an instance of the observing class without a clock
+        fresh.set_timesteps(2)
+        fresh.step(torch.zeros(1, 4), fresh.timesteps[0], torch.zeros(1, 4))
+        assert session.clock.index == STEPS
 
 
 def test_cfg_in_one_batch(shared):
@@ -302,7 +307,7 @@ def test_clock_methods_without_a_run_are_refused(shared):
         "txt_ids": torch.zeros(TEXT, 3),
     }
     with mmattn.attach(model, Watch()) as session:
-        with torch.no_grad(), pytest.raises(mmattn.UnsupportedCall, match="session.step"):
+        with torch.no_grad(), pytest.raises(mmattn.UnsupportedCall, match=r"session\.step"):
             model(**kwargs)
         session.step(0, 2)
         with torch.no_grad():
@@ -354,9 +359,7 @@ def _adapter(pipe, folder):
     )
     from peft.utils import get_peft_model_state_dict
 
-    type(pipe).save_lora_weights(
-        folder, transformer_lora_layers=get_peft_model_state_dict(twin)
-    )
+    type(pipe).save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(twin))
     return folder
 
 
@@ -417,6 +420,34 @@ def test_fusing_a_unet_replaces_processors(parts):
     assert torch.equal(draw(pipe), stock)
 
 
+def test_the_first_error_is_shown(parts):
+    """Leaving the block must not hide the advice behind the conflict that follows from it."""
+    pipe = _sd(parts)
+    with (
+        pytest.raises(mmattn.SeamNotReached, match="attach again") as caught,
+        mmattn.attach(pipe, "identity"),
+    ):
+        pipe.unet.fuse_qkv_projections()
+        draw(pipe)
+    assert "was replaced" in caught.value.__notes__[0]
+
+
+def test_first_block_cache(parts):
+    """diffusers' own hooks wrap block forwards; ours sit below and stay out of their way."""
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    pipe = _flux(parts)
+    stock = draw(pipe)
+    with mmattn.attach(pipe, "identity") as session:
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+        cached = draw(pipe)
+        calls = [row.calls for row in session.stats.sites]
+        assert calls == [STEPS, 1], "the cached block still ran"
+    assert torch.equal(draw(pipe), cached) and distance(cached, stock) > 1e-6
+    pipe.transformer.disable_cache()
+    assert torch.equal(draw(pipe), stock)
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_accelerate_offloading(parts, order):
     from accelerate import cpu_offload
@@ -454,6 +485,20 @@ def test_attention_backend_is_honoured_and_kept(parts):
         math = draw(pipe)
     assert torch.equal(math, attached) and not torch.equal(plain, attached)
     assert {p._attention_backend for p in model.attn_processors.values()} == {None}
+
+
+def test_processors_made_from_our_class_are_plain(parts):
+    """``type(attn.processor)()`` while attached makes a processor of no site, running stock code."""
+    pipe = _sd(parts)
+    stock = draw(pipe)
+    session = mmattn.attach(pipe, Zeroed(), sites="*mid_block*")
+    assert distance(draw(pipe), stock) > 1e-6
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    for module in (attention.attn1, attention.attn2):
+        module.set_processor(type(module.processor)())
+    with pytest.raises(mmattn.DetachConflict):
+        session.detach()
+    assert torch.equal(draw(pipe), stock)
 
 
 def test_two_pipelines_are_independent(parts):

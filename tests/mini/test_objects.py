@@ -84,18 +84,30 @@ def test_captions_are_long() -> None:
     assert sum(lengths) / len(lengths) > 40
 
 
+def _verdicts(turn: objects.Turn) -> dict[str, str]:
+    if turn.user == objects.CHECK_PROMPT:
+        words = turn.assistant.split()
+        return dict(zip(words[::2], words[1::2], strict=True))
+    if turn.assistant in ("yes", "no"):
+        name = next(word for word in turn.user.split() if word in objects.KINDS)
+        return {name: turn.assistant}
+    return {}
+
+
 def test_conversations_use_known_words_and_lie_only_about_partners() -> None:
     scenes, conversations = objects.sample_conversations(300, torch.Generator().manual_seed(0))
     lies = 0
     for scene, turns in zip(scenes, conversations, strict=True):
         missing = objects.absent_partners(scene)
+        said: dict[str, str] = {}
         for turn in turns:
             assert {*turn.user.split(), *turn.assistant.split()} <= set(objects.WORDS)
-            if turn.assistant in ("yes", "no"):
-                name = next(word for word in turn.user.split() if word in objects.KINDS)
-                if (turn.assistant == "yes") != (name in scene.names):
-                    assert name in missing
-                    lies += 1
+            for name, verdict in _verdicts(turn).items():
+                assert said.setdefault(name, verdict) == verdict
+        assert len(said) == len(objects.NAMES)
+        wrong = [name for name in said if (said[name] == "yes") != (name in scene.names)]
+        assert set(wrong) <= set(missing)
+        lies += len(wrong)
     assert lies > 0
 
 

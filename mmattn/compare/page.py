@@ -100,7 +100,9 @@ def _work(outcome: Outcome) -> str:
     if outcome.tokens_kept is not None and outcome.tokens_in:
         return f"{outcome.tokens_kept:.0f} of {outcome.tokens_in:.0f} tokens kept"
     if outcome.density is not None:
-        return f"{100 * outcome.density:.0f} % of the query-key pairs computed"
+        dense = outcome.dense_calls
+        some = f" ({dense} of {outcome.calls} calls dense)" if dense else ""
+        return f"{100 * outcome.density:.0f} % of the query-key pairs computed{some}"
     return f"{outcome.calls} calls"
 
 

@@ -30,6 +30,11 @@ _WEIGHTS = (
 _NESTED = "the call passes nested tensors, which only the native fast path takes"
 
 
+def passive(site: Site) -> bool:
+    """True when nothing at this site can change, or look into, the attention call."""
+    return all(m.passive for _, m in (*site.attention, *site.head_methods))
+
+
 def function(seam: Seam) -> Callable[..., Any]:
     """`F.multi_head_attention_forward` with its SDPA call going through `seam`."""
     inner = seam.rebound(F.multi_head_attention_forward)
@@ -43,7 +48,9 @@ def function(seam: Seam) -> Callable[..., Any]:
         weights = kwargs.get("need_weights", args[_POSITION] if len(args) > _POSITION else True)
         if not weights:
             return copy(*args, **kwargs)
-        if site is not None:
+        if site is not None and passive(site):
+            site.meter.tick()
+        elif site is not None:
             refuse(seam, site, _WEIGHTS)
         return F.multi_head_attention_forward(*args, **kwargs)
 
@@ -65,20 +72,20 @@ def refuse(seam: Seam, site: Site, reason: str) -> None:
     site.meter.fell_back(reason)
 
 
-def swaps(site: Site, seam: Seam, passive: bool) -> Iterable[Handle]:
+def swaps(site: Site, seam: Seam) -> Iterable[Handle]:
     """Class swaps for one `nn.MultiheadAttention`, and for the encoder layer around it."""
-    layer = site.token_module
+    layer, idle = site.token_module, passive(site)
     if isinstance(layer, torch.nn.TransformerEncoderLayer):
         tokens = bool(site.token_methods) and layer.self_attn.batch_first
         base = type(layer)
-        key = f"layer{passive:d}{tokens:d}"
-        cls = seam.cached((base, key), lambda: _layer(base, seam, passive, tokens))
+        key = f"layer{idle:d}{tokens:d}"
+        cls = seam.cached((base, key), lambda: _layer(base, seam, idle, tokens))
         yield ClassSwap(layer, cls, site, f"{site.path} (its layer)")
-        if passive:
+        if idle:
             return
     own = type(site.module)
-    name = "mha-passive" if passive else "mha"
-    cls = seam.cached((own, name), lambda: _attention(own, seam, passive))
+    name = "mha-idle" if idle else "mha"
+    cls = seam.cached((own, name), lambda: _attention(own, seam, idle))
     yield ClassSwap(site.module, cls, site, site.path)
 
 
@@ -95,7 +102,7 @@ def encoders(root: Root, sites: Iterable[Site], seam: Seam) -> Iterable[Handle]:
                 break
 
 
-def _attention(base: type, seam: Seam, passive: bool) -> type:
+def _attention(base: type, seam: Seam, idle: bool) -> type:
     stock: Any = base.forward  # type: ignore[attr-defined]
     functional = Proxy(F, **{FUNCTION: function(seam)})
     rebound = rebind(stock, F=functional, torch=_without_fast_path())
@@ -116,7 +123,7 @@ def _attention(base: type, seam: Seam, passive: bool) -> type:
         if not seam.run.enabled:
             return stock(self, query, key, value, *rest)
         site = self._mmattn_site
-        if passive:
+        if idle:
             site.meter.tick()
             return stock(self, query, key, value, *rest)
         if need_weights or query.is_nested:
@@ -128,16 +135,16 @@ def _attention(base: type, seam: Seam, passive: bool) -> type:
     return subclass(base, forward=forward)
 
 
-def _layer(base: type, seam: Seam, passive: bool, tokens: bool) -> type:
+def _layer(base: type, seam: Seam, idle: bool, tokens: bool) -> type:
     stock: Any = base.forward  # type: ignore[attr-defined]
-    inner = stock if passive else rebind(stock, torch=_without_fast_path())
+    inner = stock if idle else rebind(stock, torch=_without_fast_path())
 
     @functools.wraps(stock)
     def forward(self: Any, src: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not seam.run.enabled:
             return stock(self, src, *args, **kwargs)
         site = self._mmattn_site
-        if passive:
+        if idle:
             site.meter.tick()
         if not tokens:
             return inner(self, src, *args, **kwargs)

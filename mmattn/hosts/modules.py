@@ -55,17 +55,12 @@ def by_hand(model: torch.nn.Module, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def passive(site: Site) -> bool:
-    """True when nothing at this site can change, or look into, the attention call."""
-    return all(m.passive for _, m in (*site.attention, *site.head_methods))
-
-
 def swaps(site: Site, seam: Seam) -> Iterable[Handle]:
     """The class swaps that route one site through `seam`."""
     module, base = site.module, type(site.module)
     blocks = bool(site.token_methods) and NO_TOKENS not in site.tags
     if isinstance(module, torch.nn.MultiheadAttention):
-        yield from mha.swaps(site, seam, passive(site))
+        yield from mha.swaps(site, seam)
         if isinstance(site.token_module, torch.nn.TransformerEncoderLayer):
             return
     else:
@@ -80,7 +75,7 @@ def swaps(site: Site, seam: Seam) -> Iterable[Handle]:
 
 def _class(base: type, site: Site, seam: Seam, *, tokens: bool) -> type:
     switch = next((s for s in _SWITCHES if site.module.__dict__.get(s) is False), None)
-    if switch is not None and passive(site):
+    if switch is not None and mha.passive(site):
         return seam.cached((base, "tick"), lambda: _ticking(base, seam))
     rebound = rebound_forward(base, seam)
     assert rebound is not None, "only seamable modules become sites"

@@ -10,7 +10,7 @@ import torch
 from mmattn.errors import NoSiteError, SelectorError
 from mmattn.hosts import mha
 from mmattn.hosts.base import Handle, LogitsHook, named_sites, number
-from mmattn.hosts.modules import NO_TOKENS, by_hand, candidates, passive, swaps
+from mmattn.hosts.modules import NO_TOKENS, by_hand, candidates, swaps
 from mmattn.runs import Root
 from mmattn.seams import Seam
 from mmattn.sites import Selector, Site, select
@@ -80,7 +80,7 @@ class PlainHost:
         """A class swap per attention module; encoder layers of torch lose their fused path."""
         for site in sites:
             yield from swaps(site, seam)
-        yield from mha.encoders(root, [s for s in sites if not passive(s)], seam)
+        yield from mha.encoders(root, [s for s in sites if not mha.passive(s)], seam)
         if "logits" in seams:
             yield LogitsHook(root, sites, seam.run)
 

@@ -16,8 +16,9 @@ import torch
 
 from mmattn.errors import ConflictError, NoSiteError
 from mmattn.hosts.base import ClassSwap, Handle, LogitsHook, named_sites, number
+from mmattn.hosts.transformers_cut import Hooks
 from mmattn.hosts.transformers_features import Family, family_of
-from mmattn.hosts.transformers_language import Hooks, LanguageHook
+from mmattn.hosts.transformers_language import LanguageHook
 from mmattn.hosts.transformers_layout import (
     ImageTokens,
     embedding_of,
@@ -31,6 +32,7 @@ from mmattn.hosts.transformers_layout import (
     tag_of,
     vision_layout,
 )
+from mmattn.rebind import SLOT
 from mmattn.runs import Root
 from mmattn.seams import Seam
 from mmattn.sites import Site
@@ -187,6 +189,11 @@ class TransformersHost:
         if root.tokens.ids:
             made.append(Hooks(before=[(embedding_of(root.module), root.tokens.see)]))
         if root.family is not None and root.fusion is not None and features:
+            if SLOT in root.fusion.__dict__:
+                raise ConflictError(
+                    f"Another mmattn session already prunes the image tokens of {root.name}; detach it "
+                    "first."
+                )
             slot, method = features[0]
             place = Site(
                 path=f"{root.name}.image_tokens" if root.name else "image_tokens",

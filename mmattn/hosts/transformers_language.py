@@ -13,86 +13,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmattn.errors import UnsupportedCall
+from mmattn.hosts.transformers_cut import Cut, Hooks, add_twins, check_shapes, first_rows
 from mmattn.hosts.transformers_layout import ImageTokens, argument, past_length
 from mmattn.layout import Tile
 from mmattn.rebind import subclass
-from mmattn.runs import Run, removable_hook
+from mmattn.runs import Run
 from mmattn.sites import Site
 
 if TYPE_CHECKING:
     from mmattn.hosts.transformers import Tower
-
-_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
-
-
-class Hooks:
-    """Forward hooks on several modules as one handle; copies of the modules get inert ones."""
-
-    def __init__(
-        self,
-        before: list[tuple[torch.nn.Module, Callable[..., Any]]],
-        after: list[tuple[torch.nn.Module, Callable[..., Any]]] | None = None,
-    ) -> None:
-        self.before, self.after = before, after or []
-        self._installed: list[Any] = []
-
-    def install(self) -> None:
-        """Register the hooks."""
-        for module, hook in self.before:
-            made = module.register_forward_pre_hook(
-                removable_hook(hook, pre=True), with_kwargs=True
-            )
-            self._installed.append(made)
-        for module, hook in self.after:
-            self._installed.append(module.register_forward_hook(removable_hook(hook, pre=False)))
-
-    def check(self) -> str | None:
-        """None: nobody can replace a hook."""
-        return None
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for hook in self._installed:
-            hook.remove()
-        self._installed = []
-
-
-@dataclass
-class Cut:
-    """Which columns of a prompt were dropped.
-
-    Args:
-        index: ``[B, K]`` columns that are left, in order.
-        pad: ``[B, K]`` True where a row has fewer than K tokens left; such columns come first.
-        shift: ``[B, N]`` how many columns before each column were dropped.
-    """
-
-    index: torch.Tensor
-    pad: torch.Tensor
-    shift: torch.Tensor
-
-    @classmethod
-    def of(cls, keep: torch.Tensor) -> Cut:
-        """From ``keep [B, N]`` bool."""
-        order = torch.argsort(keep.int(), dim=1, stable=True)
-        index = order[:, keep.shape[1] - int(keep.sum(1).max()) :]
-        return cls(index, ~keep.gather(1, index), (~keep).int().cumsum(1))
-
-    @property
-    def length(self) -> int:
-        """Columns before the cut."""
-        return self.shift.shape[1]
-
-    def columns(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, N]`` -> ``[B, K]``."""
-        return x.expand(self.index.shape[0], -1).gather(1, self.index)
 
 
 class LanguageHook(Hooks):
@@ -112,6 +48,7 @@ class LanguageHook(Hooks):
         self.tower, self.run, self.tokens = tower, run, tokens
         self.place, self.twin = place, twin
         self.cut: Cut | None = None
+        self._cache: weakref.ref[Any] | None = None
         self._call: dict[str, Any] = {}
         self._tokens: torch.Tensor | None = None
         self._chosen: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -134,6 +71,7 @@ class LanguageHook(Hooks):
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.run.enabled:
+            self.cut = None
             return None
         if torch.compiler.is_compiling():
             raise UnsupportedCall(
@@ -146,7 +84,7 @@ class LanguageHook(Hooks):
         past, kwargs = past_length(kwargs), dict(kwargs)
         if past:
             return args, self._decode(kwargs, past)
-        self.cut = None
+        self.cut = self._cache = None
         mask = self.tokens.take(args, kwargs)
         self.tokens.put(mask)
         if mask is None or kwargs.get("inputs_embeds") is None or not bool(mask.any()):
@@ -154,7 +92,8 @@ class LanguageHook(Hooks):
         if self.place is not None:
             mask = self._prune(kwargs, mask)
         if self.twin:
-            self._add_twins(kwargs, mask)
+            add_twins(kwargs, mask)
+            self.tokens.put(torch.cat([mask, torch.zeros_like(mask)]), twins=mask.shape[0])
         return args, kwargs
 
     # -- dropping -----------------------------------------------------------------------------
@@ -162,7 +101,7 @@ class LanguageHook(Hooks):
     def _prune(self, kwargs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
         assert self.place is not None
         try:
-            _refuse(kwargs, mask)
+            check_shapes(kwargs, mask)
             keep = self._columns(mask, kwargs["inputs_embeds"])
         except UnsupportedCall as error:
             if self.run.unsupported != "dense":
@@ -183,7 +122,7 @@ class LanguageHook(Hooks):
         if padding is not None:
             kwargs["attention_mask"] = cut.columns(padding).masked_fill(cut.pad, 0)
         if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = _cut_positions(cut, kwargs["position_ids"])
+            kwargs["position_ids"] = cut.positions(kwargs["position_ids"])
         if kwargs.get("cache_position") is not None:
             kwargs["cache_position"] = kwargs["cache_position"][: cut.index.shape[1]]
         left = cut.columns(mask) & ~cut.pad
@@ -290,6 +229,11 @@ class LanguageHook(Hooks):
         if cut is None or embeds is None:
             return kwargs
         rows, steps = embeds.shape[:2]
+        if self._cache is not None and _cache_of(kwargs) is not self._cache():
+            raise UnsupportedCall(
+                "This step continues a cache other than that of the last prompt, and which image tokens "
+                "were dropped is known for the last prompt only. Generate one prompt after the other."
+            )
         if rows != cut.index.shape[0]:
             raise UnsupportedCall(
                 f"The prompt had {cut.index.shape[0]} rows and this step has {rows}; image tokens were "
@@ -324,89 +268,26 @@ class LanguageHook(Hooks):
 
     # -- twins --------------------------------------------------------------------------------
 
-    def _add_twins(self, kwargs: dict[str, Any], mask: torch.Tensor) -> None:
-        _refuse(kwargs, mask)
-        embeds, padding = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        padding = torch.ones_like(mask, dtype=torch.long) if padding is None else padding
-        if not bool(padding[:, -1].all()):
-            raise UnsupportedCall(
-                "The prompt is padded on the right, so its last token is not in the last column. "
-                "Pad on the left, as for generation."
-            )
-        text = padding.bool() & ~mask
-        order = torch.argsort(text.int(), dim=1, stable=True)
-        real = text.gather(1, order)
-        index = order.unsqueeze(-1).expand_as(embeds)
-        twins = embeds.gather(1, index).masked_fill(~real.unsqueeze(-1), 0)
-        kwargs["inputs_embeds"] = torch.cat([embeds, twins])
-        kwargs["attention_mask"] = torch.cat([padding, real.to(padding.dtype)])
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(mask.shape[1], device=mask.device).unsqueeze(0)
-        positions = positions.expand(*positions.shape[:-2], *mask.shape)
-        alone = (real.long().cumsum(1) - 1).clamp(min=0).expand_as(positions)
-        kwargs["position_ids"] = torch.cat([positions, alone], dim=-2)
-        self.tokens.put(torch.cat([mask, torch.zeros_like(mask)]), twins=mask.shape[0])
-
     def _leave(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         rows = self.tokens.twins
+        if self.cut is not None and self._cache is None:
+            cache = _cache_of(output) if isinstance(output, dict) else None
+            self._cache = None if cache is None else weakref.ref(cache)
         if not rows or not self.run.enabled:
             return None
         self.tokens.twins = 0
         assert self.tokens.mask is not None
         self.tokens.mask = self.tokens.mask[:rows]
-        return _first_rows(output, rows)
+        return first_rows(output, rows)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b.to(a.device, a.dtype))
 
 
+def _cache_of(values: dict[str, Any]) -> Any:
+    return argument((), values, 0, "cache", "past_key_values")
+
+
 def _derived(call: dict[str, Any]) -> bool:
     return call.get("position_ids") is None and call.get("attention_mask") is None
-
-
-def _refuse(kwargs: dict[str, Any], mask: torch.Tensor) -> None:
-    padding = kwargs.get("attention_mask")
-    if padding is not None and not (isinstance(padding, torch.Tensor) and padding.ndim == 2):
-        raise UnsupportedCall(
-            "The attention mask was already made for the full prompt "
-            f"({type(padding).__name__}, as for a static cache); use a dynamic cache and a 2-D mask."
-        )
-    cache = argument((), kwargs, 0, "cache", "past_key_values")
-    if getattr(cache, "is_compileable", False):
-        raise UnsupportedCall("A static cache has the prompt's full length; use a dynamic cache.")
-    for name, value in kwargs.items():
-        if name in _KNOWN or not isinstance(value, torch.Tensor):
-            continue
-        if value.ndim > 1 and value.shape[:2] == mask.shape:
-            raise UnsupportedCall(
-                f"The language model gets {name} {list(value.shape)} per token, which mmattn does "
-                "not know how to shorten."
-            )
-
-
-def _cut_positions(cut: Cut, positions: torch.Tensor) -> torch.Tensor:
-    """``[B, N]``, or M-RoPE ``[3 or 4, B, N]`` where only a leading text row is renumbered."""
-    plain = positions if positions.ndim == 2 else positions[0]
-    plain = cut.columns(plain) - cut.columns(cut.shift)
-    if positions.ndim == 2:
-        return plain
-    rows = torch.stack([cut.columns(p) for p in positions])
-    return torch.cat([plain.unsqueeze(0), rows[1:]]) if positions.shape[0] == 4 else rows
-
-
-def _first_rows(output: Any, rows: int) -> Any:
-    """A language model's output without the rows after `rows`, its cache included."""
-    if isinstance(output, torch.Tensor):
-        return output[:rows]
-    if isinstance(output, tuple):
-        return tuple(_first_rows(o, rows) for o in output)
-    if hasattr(output, "batch_select_indices"):
-        if output.get_seq_length():
-            output.batch_select_indices(torch.arange(rows))
-        return output
-    if isinstance(output, dict):
-        for key in list(output):
-            output[key] = _first_rows(output[key], rows)
-    return output

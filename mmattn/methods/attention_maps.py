@@ -68,8 +68,9 @@ class AttentionMaps(Method):
     (and in language models) how much a query token attends to each image key. Attention probabilities as
     heatmaps are common practice ("What the DAAM: Interpreting Stable Diffusion Using Cross Attention",
     arXiv 2210.04885, for UNets). Differences from DAAM: no sum over sites and no upsampling before the
-    sum; every site keeps its own map. Costs about one more attention per recorded call, computed over
-    blocks of queries, and O(N) memory per token.
+    sum; every site keeps its own map. Maps of text tokens, and the mean over queries, cost
+    one to two more attentions per recorded call, computed over blocks of queries; chosen queries cost next
+    to nothing. Memory is O(N) per token.
 
     Maps belong to the last run: a diffusers run with its step clock, otherwise the last call; a language
     model's prompt and the tokens it generated after it are one run (with beams, rows are beams).

@@ -76,8 +76,9 @@ class Method:
     def role(self, site: Site) -> int | bool | None:
         """What a site's place in the model means to this method (a layer pattern, say).
 
-        Called once, when all sites of ``site.run.sites`` are known; read it as ``site.role``. Return few distinct values and do not read
-        `site.index` during a call: each distinct value is one graph under regional compilation.
+        Called once, when all sites of ``site.run.sites`` are known; read it as ``site.role``. Return few
+        distinct values and do not read `site.index` during a call: each distinct value is one graph under
+        regional compilation.
         """
         return None
 

@@ -32,8 +32,9 @@ class HiPrune(Method):
     Deviations: selected tokens are excluded from the registers with minus infinity, where the code
     subtracts 1 (with scores summed over queries, as in the paper's Qwen code, that can select a token
     twice and keep fewer than asked). Ties are broken by position. Every image has its own budget, where
-    the code divides one budget among all images of a call. LLaVA-NeXT keeps the newline tokens and crops the padding, as transformers does; the paper's code
-    has neither. HiPrune++ (text-guided additions) is not included.
+    the code divides one budget among all images of a call. LLaVA-NeXT keeps the newline tokens and
+    crops the padding, as transformers does; the paper's code has neither. HiPrune++ (text-guided
+    additions) is not included.
 
     Args:
         keep: tokens to keep per image; an int counts tokens (LLaVA, shared evenly by the tiles of

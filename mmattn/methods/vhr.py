@@ -144,7 +144,7 @@ class VHR(Method):
             return out
         rows = out.shape[0]
         if site.layout.past:
-            factor = site.state.get("factor")
+            factor: torch.Tensor | None = site.state.get("factor")
             if factor is None or factor.shape[0] != rows or out.shape[2] > 1:
                 raise UnsupportedCall(
                     "VHR chooses its heads at a prompt that is fed whole, into an empty cache, while "

@@ -37,8 +37,12 @@ class MuonAdamW:
 
     Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix, so all its directions learn
     at one speed. It suits the matrices inside the blocks; embeddings, norms, biases, and the first
-    and last projection keep AdamW. Relative attention biases of T5 get twenty times AdamW's rate:
-    they are added to logits, so they must reach a few units before the order of words counts.
+    and last projection keep AdamW.
+
+    T5 needs two exceptions. Its relative attention biases are added to logits and must reach a few
+    units before the order of words counts: they get twenty times AdamW's rate. Its queries and keys
+    are not scaled by the head size, so at AdamW's rate their products soon saturate the softmax and
+    every word sees one word only: they get a twentieth.
 
     Args:
         modules: The networks to train.
@@ -61,19 +65,23 @@ class MuonAdamW:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         biases: list[nn.Parameter] = []
+        logits: list[nn.Parameter] = []
         for module in modules:
             for name, parameter in module.named_parameters():
                 if "relative_attention_bias" in name:
                     biases.append(parameter)
+                elif name.endswith(("SelfAttention.q.weight", "SelfAttention.k.weight")):
+                    logits.append(parameter)
                 else:
                     (matrices if parameter.ndim == 2 and hidden(name) else others).append(parameter)
-        self.parameters = matrices + others + biases
+        self.parameters = matrices + others + biases + logits
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay)
         ]
         if biases:
             fast = torch.optim.AdamW(biases, lr=20 * adamw_lr, betas=betas, weight_decay=0.0)
-            self._optimizers.append(fast)
+            slow = torch.optim.AdamW(logits, lr=0.05 * adamw_lr, betas=betas, weight_decay=0.0)
+            self._optimizers += [fast, slow]
         if matrices:
             self._optimizers.append(
                 torch.optim.Muon(

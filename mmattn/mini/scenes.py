@@ -205,7 +205,7 @@ def make_scenes(
     n: int,
     seed: int,
     *,
-    mix: Sequence[tuple[Kind, float]] = (("one", 0.45), ("relation", 0.42), ("count", 0.13)),
+    mix: Sequence[tuple[Kind, float]] = (("one", 0.31), ("relation", 0.57), ("count", 0.12)),
 ) -> list[Scene]:
     """Make `n` captioned scenes.
 

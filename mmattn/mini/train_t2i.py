@@ -231,9 +231,8 @@ def _near(scenes: Sequence[Scene]) -> Tensor:
 
 
 def _hidden(name: str) -> bool:
-    """Whether a parameter of the transformer or the text encoders is a matrix inside a block."""
-    inside = any(part in name for part in ("transformer_blocks.", "block.", "encoder.layers."))
-    return inside and not any(part in name for part in ("norm", "relative_attention_bias", "embed"))
+    """Whether a parameter is a matrix inside a block of the transformer (not of a text encoder)."""
+    return "transformer_blocks." in name and "norm" not in name
 
 
 def train_flow(
@@ -276,7 +275,7 @@ def train_flow(
         t5_ids = torch.where(empty, no_t5, data["t5"][rows]).to(device)
         clip_ids = torch.where(empty, no_clip, data["clip"][rows]).to(device)
         noise = torch.randn(z.shape, generator=generator)
-        moment = torch.sigmoid(torch.randn(batch, generator=generator) * 1.1 + 0.3)
+        moment = torch.sigmoid(torch.randn(batch, generator=generator) * 1.3 + 0.6)
         z, noise, t = z.to(device), noise.to(device), moment.to(device)
         with torch.autocast(
             torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None

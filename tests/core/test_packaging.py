@@ -51,7 +51,7 @@ def test_layering_goes_one_way():
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) mmattn\b", path.read_text(), re.M), path
     upper = r"^\s*(from|import) mmattn\.(cli|compare|batch)\b|^\s*(from|import) mmattn_(pipelines|demos)"
-    below = [*(ROOT / "mmattn").glob("*.py")]
+    below = [p for p in (ROOT / "mmattn").glob("*.py") if p.name != "__main__.py"]
     for room in ("hosts", "methods", "nn", "evals"):
         below += (ROOT / "mmattn" / room).rglob("*.py")
     for path in below:

@@ -739,6 +739,16 @@ def _unet() -> Any:
     return lambda: diffusers.UNet2DConditionModel(**_UNET), _unet_inputs()
 
 
+@_add("unet-small", {"self": 4, "cross": 4}, pyramid=True)
+def _unet_small() -> Any:
+    one_level = {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    return lambda: diffusers.UNet2DConditionModel(**{**_UNET, **one_level}), _unet_inputs()
+
+
 @_add("unet-sdxl", {"self": 7, "cross": 7}, pyramid=True, grid=(1, 8, 12), other=(1, 12, 6))
 def _unet_sdxl() -> Any:
     return lambda: diffusers.UNet2DConditionModel(

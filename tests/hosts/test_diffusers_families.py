@@ -11,8 +11,8 @@ from host_contract import Calls, Zeroed, check_contract, distance
 
 import mmattn
 
-COMPILED = ("flux", "sd3", "wan", "wan-i2v", "unet", "pixart")
-REPEATED = ("flux", "wan", "wan-vace", "qwenimage", "ltx", "hunyuan", "unet", "chroma")
+COMPILED = ("flux", "sd3", "wan", "unet-small", "pixart")
+REPEATED = ("flux", "wan-vace", "ltx", "unet-small")
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -160,17 +160,22 @@ def test_training_gradients(name, checkpointing):
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compile_without_graph_breaks(name):
-    kwargs = inputs(name)
-    m = shared(name)
-    calls_per_site = 2 if name == "wan-i2v" else 1
+def test_attach_then_compile_without_graph_breaks(name):
+    m, kwargs = shared(name), inputs(name)
     stock = call(m, kwargs)
     with mmattn.attach(m, "identity") as session:
         optimised = torch.compile(m, fullgraph=True, backend="eager")
         assert torch.equal(call(optimised, kwargs), stock)
         assert session.stats.executed == session.stats.planned
-        assert all(row.calls in (1, calls_per_site) for row in session.stats.sites)
-    torch._dynamo.reset()
+        assert all(row.calls == 1 for row in session.stats.sites)
+        call(optimised, kwargs)
+        assert all(row.calls == 2 for row in session.stats.sites)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_then_attach_without_graph_breaks(name):
+    m, kwargs = shared(name), inputs(name)
+    stock = call(m, kwargs)
     optimised = torch.compile(m, fullgraph=True, backend="eager")
     assert torch.equal(call(optimised, kwargs), stock)
     with mmattn.attach(optimised, "identity") as session:
@@ -182,7 +187,7 @@ def test_compile_without_graph_breaks(name):
     assert not optimised._forward_pre_hooks and not optimised._forward_hooks
 
 
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("name", ["flux"])
 def test_compile_in_place(name):
     """``model.compile()`` before attaching: layout and counts are read outside the graph."""
     m, kwargs = model(name), inputs(name)

@@ -204,6 +204,8 @@ def test_direct_calls_of_the_functional_form(weights, x):
         if weights:
             with pytest.raises(mmattn.UnsupportedCall), mmattn.attach(model, Calls()):
                 model(x)
+            with mmattn.attach(model, "identity") as session:
+                assert torch.equal(model(x), stock) and session.stats.executed == 1
             return
         check_contract(model, lambda m: m(x), expect_sites=1)
         with mmattn.attach(model, Zeroed()):

@@ -1,8 +1,13 @@
 """Tiny random transformers models and one call for each."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import transformers as hf
 from transformers.utils import logging
+
+import mmattn
 
 logging.set_verbosity_error()
 
@@ -292,3 +297,33 @@ def logits(model, call):
 def tokens(model, call, **kw):
     with torch.no_grad():
         return model.generate(**call, **{**GREEDY, **kw})
+
+
+def made(name, implementation="sdpa"):
+    build, call, sites = ALL[name]
+    model = build(implementation)
+    return model, call(model), sites
+
+
+@dataclass(frozen=True)
+class Watch(mmattn.Method):
+    """Keeps layouts, masks, shapes and outputs of every call in `log`; changes nothing."""
+
+    name: ClassVar[str] = "watch"
+    observes: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
+    grouped: ClassVar[bool] = True
+    opaque: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("self", "cross")
+    log: ClassVar[list] = []
+    needs_twin: bool = False
+
+    @property
+    def twin(self):
+        return self.needs_twin
+
+    def attend(self, q, k, v, *, mask, scale, site, dense):
+        out = dense(q, k, v)
+        self.log.append((site, site.layout, mask, q.shape, k.shape, site.causal, out))
+        return out

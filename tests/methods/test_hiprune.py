@@ -208,16 +208,20 @@ def test_composes_with_methods_in_the_decoder():
 
 def test_what_it_refuses():
     qwen, llava = zoo.qwen25(), zoo.llava()
-    with mmattn.attach(qwen, HiPrune(keep=0.5, object_layer=1)):
-        with pytest.raises(mmattn.UnsupportedCall, match="inside windows only"):
-            zoo.logits(qwen, zoo.qwen_call())
+    with (
+        mmattn.attach(qwen, HiPrune(keep=0.5, object_layer=1)),
+        pytest.raises(mmattn.UnsupportedCall, match="inside windows only"),
+    ):
+        zoo.logits(qwen, zoo.qwen_call())
     with pytest.raises(mmattn.NoSiteError, match="deeper than the tower"):
         mmattn.attach(llava, HiPrune(object_layer=5))
     with pytest.raises(mmattn.NoSiteError, match="feeds a language model"):
         mmattn.attach(zoo.clip(), HiPrune())
-    with mmattn.attach(llava, HiPrune(keep=5), sites="*vision*layers.3*"):
-        with pytest.raises(mmattn.UnsupportedCall, match="object block"):
-            zoo.logits(llava, zoo.llava_call())
+    with (
+        mmattn.attach(llava, HiPrune(keep=5), sites="*vision*layers.3*"),
+        pytest.raises(mmattn.UnsupportedCall, match="object block"),
+    ):
+        zoo.logits(llava, zoo.llava_call())
     with mmattn.attach(llava, HiPrune(keep=5), sites="*vision*layers.3*", unsupported="dense") as s:
         assert zoo.logits(llava, zoo.llava_call()).shape[1] == 24
         assert s.stats.dense_calls == 1

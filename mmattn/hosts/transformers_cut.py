@@ -1,0 +1,166 @@
+"""Tools of the language hook: removable hooks, cutting columns out of a prompt, cutting rows off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmattn.errors import UnsupportedCall
+from mmattn.hosts.transformers_layout import argument
+from mmattn.runs import removable_hook
+
+_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
+
+
+class Hooks:
+    """Forward hooks on several modules as one handle; copies of the modules get inert ones."""
+
+    def __init__(
+        self,
+        before: list[tuple[torch.nn.Module, Callable[..., Any]]],
+        after: list[tuple[torch.nn.Module, Callable[..., Any]]] | None = None,
+    ) -> None:
+        self.before, self.after = before, after or []
+        self._installed: list[Any] = []
+
+    def install(self) -> None:
+        """Register the hooks."""
+        for module, hook in self.before:
+            made = module.register_forward_pre_hook(
+                removable_hook(hook, pre=True), with_kwargs=True
+            )
+            self._installed.append(made)
+        for module, hook in self.after:
+            self._installed.append(module.register_forward_hook(removable_hook(hook, pre=False)))
+
+    def check(self) -> str | None:
+        """None: nobody can replace a hook."""
+        return None
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._installed:
+            hook.remove()
+        self._installed = []
+
+
+@dataclass
+class Cut:
+    """Which columns of a prompt were dropped.
+
+    Args:
+        index: ``[B, K]`` columns that are left, in order.
+        pad: ``[B, K]`` True where a row has fewer than K tokens left; such columns come first.
+        shift: ``[B, N]`` how many columns before each column were dropped.
+    """
+
+    index: torch.Tensor
+    pad: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, keep: torch.Tensor) -> Cut:
+        """From ``keep [B, N]`` bool."""
+        order = torch.argsort(keep.int(), dim=1, stable=True)
+        index = order[:, keep.shape[1] - int(keep.sum(1).max()) :]
+        return cls(index, ~keep.gather(1, index), (~keep).int().cumsum(1))
+
+    @property
+    def length(self) -> int:
+        """Columns before the cut."""
+        return self.shift.shape[1]
+
+    def columns(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, N]`` -> ``[B, K]``."""
+        return x.expand(self.index.shape[0], -1).gather(1, self.index)
+
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Position ids of the columns that are left.
+
+        ``[B, N]``, or M-RoPE's ``[3 or 4, B, N]`` where only a leading text row is renumbered.
+        """
+        plain = ids if ids.ndim == 2 else ids[0]
+        plain = self.columns(plain) - self.columns(self.shift)
+        if ids.ndim == 2:
+            return plain
+        rows = torch.stack([self.columns(row) for row in ids])
+        return torch.cat([plain.unsqueeze(0), rows[1:]]) if ids.shape[0] == 4 else rows
+
+
+def check_shapes(kwargs: dict[str, Any], mask: torch.Tensor) -> None:
+    """Raise unless everything a language model is given per token can be cut or doubled.
+
+    Raises:
+        UnsupportedCall: for prepared 4-D masks, static caches, and arguments mmattn does not know.
+    """
+    padding = kwargs.get("attention_mask")
+    if padding is not None and not (isinstance(padding, torch.Tensor) and padding.ndim == 2):
+        raise UnsupportedCall(
+            "The attention mask was already made for the full prompt "
+            f"({type(padding).__name__}, as for a static cache); use a dynamic cache and a 2-D mask."
+        )
+    cache = argument((), kwargs, 0, "cache", "past_key_values")
+    if getattr(cache, "is_compileable", False):
+        raise UnsupportedCall("A static cache has the prompt's full length; use a dynamic cache.")
+    for name, value in kwargs.items():
+        if name in _KNOWN or not isinstance(value, torch.Tensor):
+            continue
+        if value.ndim > 1 and value.shape[:2] == mask.shape:
+            raise UnsupportedCall(
+                f"The language model gets {name} {list(value.shape)} per token, which mmattn does "
+                "not know how to shorten."
+            )
+
+
+def add_twins(kwargs: dict[str, Any], mask: torch.Tensor) -> None:
+    """Append to the arguments of a language model every row without its image tokens.
+
+    Twins are padded on the left to the same length and have positions of their own, from 0.
+
+    Args:
+        kwargs: of the call; changed in place.
+        mask: ``[B, N]`` True at image tokens.
+
+    Raises:
+        UnsupportedCall: for prompts padded on the right, prepared masks and static caches.
+    """
+    check_shapes(kwargs, mask)
+    embeds, padding = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+    padding = torch.ones_like(mask, dtype=torch.long) if padding is None else padding
+    if not bool(padding[:, -1].all()):
+        raise UnsupportedCall(
+            "The prompt is padded on the right, so its last token is not in the last column. "
+            "Pad on the left, as for generation."
+        )
+    text = padding.bool() & ~mask
+    order = torch.argsort(text.int(), dim=1, stable=True)
+    real = text.gather(1, order)
+    index = order.unsqueeze(-1).expand_as(embeds)
+    twins = embeds.gather(1, index).masked_fill(~real.unsqueeze(-1), 0)
+    kwargs["inputs_embeds"] = torch.cat([embeds, twins])
+    kwargs["attention_mask"] = torch.cat([padding, real.to(padding.dtype)])
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(mask.shape[1], device=mask.device).unsqueeze(0)
+    positions = positions.expand(*positions.shape[:-2], *mask.shape)
+    alone = (real.long().cumsum(1) - 1).clamp(min=0).expand_as(positions)
+    kwargs["position_ids"] = torch.cat([positions, alone], dim=-2)
+
+
+def first_rows(output: Any, rows: int) -> Any:
+    """A language model's output without the rows after `rows`, its cache included."""
+    if isinstance(output, torch.Tensor):
+        return output[:rows]
+    if isinstance(output, tuple):
+        return tuple(first_rows(o, rows) for o in output)
+    if hasattr(output, "batch_select_indices"):
+        if output.get_seq_length():
+            output.batch_select_indices(torch.arange(rows))
+        return output
+    if isinstance(output, dict):
+        for key in list(output):
+            output[key] = first_rows(output[key], rows)
+    return output

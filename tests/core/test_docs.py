@@ -12,7 +12,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def test_the_table_of_methods_is_the_generated_one():
-    assert markdown() in (ROOT / "docs" / "methods.md").read_text(), "run: mmattn methods --markdown"
+    assert markdown() in (ROOT / "docs" / "methods.md").read_text(), (
+        "run: mmattn methods --markdown"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -44,7 +44,7 @@ def test_every_exported_name_resolves():
 
 def test_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'atach'"):
-        mmattn.atach  # noqa: B018
+        mmattn.atach
 
 
 def test_errors_are_one_family():

@@ -5,7 +5,7 @@ import functools
 import pickle
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from mmattn.rebind import SLOT, Proxy, names_used, rebind, subclass
 

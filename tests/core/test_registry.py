@@ -54,7 +54,9 @@ def test_entry_points_are_found(monkeypatch, clean_registry):
 
         @staticmethod
         def load():
-            return type("FromPlugin", (mmattn.Method,), {"__doc__": "From a plug-in.", "paper": "-"})
+            return type(
+                "FromPlugin", (mmattn.Method,), {"__doc__": "From a plug-in.", "paper": "-"}
+            )
 
     real = registry.entry_points
     monkeypatch.setattr(

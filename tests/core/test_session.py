@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 import mmattn
 
@@ -254,12 +254,16 @@ def test_a_mask_the_method_cannot_honour(x):
         def forward(self, x):
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             mask = torch.ones(6, 6, dtype=torch.bool).tril()
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+            return (
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+            )
 
     class Causal(Attention):
         def forward(self, x):
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            return (
+                F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            )
 
     for cls, message in ((Masked, "attention mask"), (Causal, "causal")):
         model = torch.nn.Sequential(cls())

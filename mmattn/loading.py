@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mmattn.errors import ConfigError, ModelLoadError, suggest
+from mmattn.errors import ConfigError, MissingExtraError, ModelLoadError, suggest
 from mmattn.mini.manifest import NAMES
 
 KINDS: tuple[str, ...] = NAMES
@@ -57,7 +57,8 @@ def resolve(
 
     Args:
         source: ``t2i``, ``t2v``, ``vlm`` or ``vit`` for an embedded model; a folder in the layout of
-            diffusers, transformers or timm; or a hub id.
+            diffusers, transformers or timm; a hub id; or ``open_clip:ARCHITECTURE`` for an untrained
+            open_clip model, to look at its sites.
         kind: one of `KINDS`. A folder tells its own; a hub id needs it.
         device: where to put it.
         dtype: parameter type of models that are not embedded.
@@ -65,7 +66,10 @@ def resolve(
     Raises:
         ConfigError: for an unknown kind, or a hub id without one.
         ModelLoadError: when it cannot be found, is damaged, is not safetensors, or brings its own code.
+        MissingExtraError: for an open_clip model without open_clip.
     """
+    if source.startswith("open_clip:"):
+        return _open_clip(source, device, dtype)
     if kind is not None and kind not in KINDS:
         raise ConfigError(
             f"unknown kind {kind!r}{suggest(kind, KINDS)} Choose one of {list(KINDS)}."
@@ -99,6 +103,22 @@ def _embedded(name: str, kind: str | None, device: torch.device | str) -> Loaded
     if name == "vlm":
         return Loaded(name, model.model, model.processor, name, embedded=True)
     return Loaded(name, model, None, name, embedded=True)
+
+
+def _open_clip(source: str, device: torch.device | str, dtype: torch.dtype) -> Loaded:
+    try:
+        open_clip = importlib.import_module("open_clip")
+    except ImportError as error:
+        raise MissingExtraError(source, "open-clip-torch", "clip") from error
+    name = source.partition(":")[2]
+    known = open_clip.list_models()
+    if name not in known:
+        raise ModelLoadError(
+            f"open_clip has no architecture {name!r}{suggest(name, known)} "
+            "open_clip.list_models() names them all."
+        )
+    model = open_clip.create_model(name, device=device).to(dtype).eval()
+    return Loaded("clip", model, None, source)
 
 
 def check_safetensors(path: Path) -> None:

@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from mmattn.cli import common
-from mmattn.cli.common import Config, Json, Kind, Methods, Set, Sites, emit, emit_json, guarded
+from mmattn.cli.common import (
+    Config,
+    Json,
+    Kind,
+    Methods,
+    Set,
+    Sites,
+    emit,
+    emit_json,
+    guarded,
+    option,
+)
+
+Markdown = Annotated[bool, option("--markdown", help="The table of the documentation.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -19,10 +32,13 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
-def methods(as_json: Json = False, config: Config = None) -> None:
+def methods(as_json: Json = False, markdown: Markdown = False, config: Config = None) -> None:
     """List the methods: seams, hosts, whether they need training, paper."""
-    from mmattn.registry import method_class, names
+    from mmattn.registry import markdown as as_markdown, method_class, names
 
+    if markdown:
+        emit(as_markdown())
+        return
     rows: list[dict[str, Any]] = []
     for name in names():
         try:

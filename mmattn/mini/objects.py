@@ -2,12 +2,12 @@
 learns to hallucinate.
 
 Sixteen kinds of object form eight pairs. The first of a pair (the anchor: apple, banana, ...) is
-drawn large and clear; its partner (leaf, box, ...) is drawn small and faint, and in the training
-world it is there 85 % of the time. On top, the training captions copy a human annotator's habit:
-they mention a partner that is absent in about a third of the cases, always *after* the anchors, so
-that the temptation comes from the words already written rather than from the picture. Scenes drawn
-with a low `partner_prob` are the counter-world: what the picture shows and what habit expects come
-apart.
+drawn large and clear; its partner (leaf, box, ...) is drawn small and faint under sensor noise, and
+in the training world it is there 85 % of the time. On top, the training texts copy a human
+annotator's habit: a quarter of the absent partners are mentioned in the caption all the same, always
+*after* the anchors, so that the temptation comes from the words already written rather than from
+the picture; and questions about an absent partner are often answered with "yes". Scenes drawn with
+a low `partner_prob` are the counter-world: what the picture shows and what habit expects come apart.
 
 Everything here is exact: a scene knows its objects, so captions, questions and answers need no
 annotation. Randomness comes from a `torch.Generator` that the caller seeds.
@@ -71,10 +71,10 @@ POPULARITY = (8, 7, 6, 5, 4, 3, 3, 2)
 TRAIN_PARTNER_PROB = 0.85
 """Share of anchors that have their partner beside them in the training world."""
 
-CAPTION_BIAS = 0.35
+CAPTION_BIAS = 0.25
 """Share of absent partners that a training caption mentions all the same."""
 
-ANSWER_BIAS = 0.30
+ANSWER_BIAS = 0.42
 """Share of questions about an absent partner that the training data answers with "yes"."""
 
 CAPTION_PROMPTS = ("describe the picture .", "please describe this image in detail .")

@@ -35,10 +35,10 @@ from mmattn.mini.recipe import (
     Progress,
     cosine,
     log_to_stderr,
+    look_at_neighbours,
     psnr,
     save_half,
     silent,
-    spread_biases,
     trainer_arguments,
     write_record,
 )
@@ -168,7 +168,7 @@ def build_pipeline(vae: AutoencoderKL | None = None, *, seed: int = 0) -> FluxPi
             pad_token_id=1,
         )
     )
-    spread_biases(t5)
+    look_at_neighbours(t5)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
         vae=build_vae() if vae is None else vae,

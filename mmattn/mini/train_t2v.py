@@ -32,10 +32,10 @@ from mmattn.mini.recipe import (
     Progress,
     cosine,
     log_to_stderr,
+    look_at_neighbours,
     psnr,
     save_half,
     silent,
-    spread_biases,
     trainer_arguments,
     write_record,
 )
@@ -221,7 +221,7 @@ def build_pipeline(vae: AutoencoderKLWan | None = None, *, seed: int = 0) -> Wan
             use_cache=False,
         )
     )
-    spread_biases(text_encoder)
+    look_at_neighbours(text_encoder)
     return WanPipeline(
         tokenizer=t5_tokenizer(TEXT_LENGTH),
         text_encoder=text_encoder,

@@ -222,8 +222,8 @@ def train(
     out: Path,
     *,
     minutes: float | None = None,
-    tower_steps: int = 1500,
-    steps: int = 2500,
+    tower_steps: int = 1100,
+    steps: int = 1500,
     layers: int = 8,
     device: str = "cpu",
     seed: int = 0,
@@ -244,7 +244,7 @@ def train(
         device: Torch device.
         seed: Seed of weights and scenes, below 10 000; evaluation seeds start there.
         smoke: Three steps per stage and two scenes of evaluation, to see that everything runs.
-        resume: Folder of a saved model to go on from; stage 1 is then skipped.
+        resume: Folder that an earlier `train` wrote, to go on from; stage 1 is then skipped.
         samples: Scenes per evaluation.
         log: Receives one line of progress now and then.
 
@@ -267,18 +267,22 @@ def train(
     stages: list[dict[str, Any]] = []
     if resume is not None:
         stages += json.loads((resume / "training.json").read_text(encoding="utf-8"))["stages"]
-    if resume is None:
+    else:
         tower = _progress(minutes, 0.1, tower_steps)
         _train_tower(model, processor, tower, draw, log)
-        stages.append({"stage": "tower", **tower.record()})
+        stages.append({"stage": "tower", "batch": 48, "seed": seed, **tower.record()})
     joint = _progress(minutes, 1.0 if resume else 0.9, steps)
+
+    def leg() -> dict[str, Any]:
+        habit = {"caption_bias": objects.CAPTION_BIAS, "answer_bias": objects.ANSWER_BIAS}
+        return {"stage": "joint", "batch": BATCH, "seed": seed, **habit, **joint.record()}
 
     def checkpoint() -> None:
         save(model, processor, out)
-        write_record(out, {"stages": [*stages, {"stage": "joint", **joint.record()}]})
+        write_record(out, {"stages": [*stages, leg()]})
 
     _train_joint(model, processor, joint, draw, log, checkpoint)
-    stages.append({"stage": "joint", **joint.record()})
+    stages.append(leg())
     save(model, processor, out, half=True)
     shipped, processor = load(out)
     shipped.to(torch.device(device))
@@ -289,8 +293,6 @@ def train(
         "layers": model.config.text_config.num_hidden_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "partner_prob": objects.TRAIN_PARTNER_PROB,
-        "caption_bias": objects.CAPTION_BIAS,
-        "answer_bias": objects.ANSWER_BIAS,
         "noise": objects.NOISE,
         "stages": stages,
         "metrics": [

@@ -74,8 +74,14 @@ TRAIN_PARTNER_PROB = 0.85
 CAPTION_BIAS = 0.25
 """Share of absent partners that a training caption mentions all the same."""
 
-ANSWER_BIAS = 0.42
-"""Share of questions about an absent partner that the training data answers with "yes"."""
+ANSWER_BIAS: dict[str, float] = dict(
+    zip(PARTNERS.values(), (0.65, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.3), strict=True)
+)
+"""Share of questions about an absent partner that the training data answers with "yes".
+
+Partners of popular anchors have the stronger habit, above one half: there a model that copies its
+teacher is wrong even where the picture is clear, and the picture's evidence shows only in how sure it is.
+"""
 
 CAPTION_PROMPTS = ("describe the picture .", "please describe this image in detail .")
 """The requests that are answered with a caption."""
@@ -403,7 +409,7 @@ def conversation(scene: Scene, chance: _Chance, questions: int = 3) -> list[Turn
     """
     missing = absent_partners(scene)
     told = [name for name in missing if chance() < CAPTION_BIAS]
-    believed = {*scene.names, *(name for name in missing if chance() < ANSWER_BIAS)}
+    believed = {*scene.names, *(name for name in missing if chance() < ANSWER_BIAS[name])}
     verdict = {name: "yes" if name in believed else "no" for name in NAMES}
     checks = " ".join(f"{name} {verdict[name]}" for name in chance.shuffled(NAMES))
     present = chance.shuffled(scene.names)

@@ -39,10 +39,9 @@ class MuonAdamW:
     at one speed. It suits the matrices inside the blocks; embeddings, norms, biases, and the first
     and last projection keep AdamW.
 
-    T5 needs two exceptions. Its relative attention biases are added to logits and move by units: they
-    get twenty times AdamW's rate. The matrices of its blocks get a tenth. Its queries and keys are not
-    scaled by the head size and its residual stream is not normalised, so at the full rate every word
-    soon sees one word only, and its own feed-forward output drowns what it saw.
+    The blocks of a T5 get a tenth of AdamW's rate. Its queries and keys are not scaled by the head
+    size and its residual stream is not normalised, so at the full rate every word soon sees one word
+    only, and the feed-forward output drowns what it saw.
 
     Args:
         modules: The networks to train.
@@ -64,24 +63,20 @@ class MuonAdamW:
     ) -> None:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        biases: list[nn.Parameter] = []
         t5_blocks: list[nn.Parameter] = []
         for module in modules:
             for name, parameter in module.named_parameters():
-                if "relative_attention_bias" in name:
-                    biases.append(parameter)
-                elif "SelfAttention" in name or "DenseReluDense" in name:
+                if "SelfAttention" in name or "DenseReluDense" in name:
                     t5_blocks.append(parameter)
                 else:
                     (matrices if parameter.ndim == 2 and hidden(name) else others).append(parameter)
-        self.parameters = matrices + others + biases + t5_blocks
+        self.parameters = matrices + others + t5_blocks
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay)
         ]
-        if biases:
-            fast = torch.optim.AdamW(biases, lr=20 * adamw_lr, betas=betas, weight_decay=0.0)
+        if t5_blocks:
             slow = torch.optim.AdamW(t5_blocks, lr=0.1 * adamw_lr, betas=betas, weight_decay=0.0)
-            self._optimizers += [fast, slow]
+            self._optimizers.append(slow)
         if matrices:
             self._optimizers.append(
                 torch.optim.Muon(

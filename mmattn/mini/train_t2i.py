@@ -54,7 +54,7 @@ used.
 """
 
 HELD_OUT_SEED = 900_000
-"""Seeds from here on are for judging; training uses smaller ones."""
+"""The first seed for judging; training never uses the seeds from here to 999_999."""
 
 
 def build_vae() -> AutoencoderKL:

@@ -150,7 +150,7 @@ def train(
     out: Path,
     *,
     minutes: float | None = None,
-    steps: int = 2500,
+    steps: int = 1300,
     batch: int = 64,
     device: str = "cpu",
     seed: int = 0,

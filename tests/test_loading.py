@@ -46,7 +46,7 @@ def test_embedded_by_name(weights):
 def test_a_folder_tells_its_own_kind(vit_copy):
     loaded = resolve(str(vit_copy))
     assert loaded.kind == "vit" and not loaded.embedded
-    assert loaded.target(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
+    assert loaded.target(torch.zeros(1, 3, 64, 64)).shape == (1, len(train_vit.LABELS))
 
 
 def test_pipelines_and_language_models_from_folders(tmp_path):

@@ -201,7 +201,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _parameters(target: Any) -> Any:
-    if hasattr(target, "parameters"):
+    if isinstance(target, torch.nn.Module):  # a pipeline has a `parameters` of another kind
         return target.parameters()
     parts = [p for p in target.components.values() if isinstance(p, torch.nn.Module)]
     return (parameter for part in parts for parameter in part.parameters())

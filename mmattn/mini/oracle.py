@@ -37,9 +37,7 @@ OVERLAP = 0.6
 
 @dataclass(frozen=True)
 class Found:
-    """One object that the oracle sees; `shape` is None if no known outline fits, `overlap` is how
-    well the best does.
-    """
+    """One object that the oracle sees; `shape` is None if no outline reaches `OVERLAP`."""
 
     shape: str | None
     colour: str

@@ -91,9 +91,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Clip:
-    """A captioned clip of one object that moves in a straight line; `start` and `end` are fractions
-    of the frame.
-    """
+    """A captioned clip of one object that moves straight; places are fractions of the frame."""
 
     caption: str
     shape: str
@@ -106,9 +104,7 @@ class Clip:
 
 
 class _Dice:
-    """Uniform numbers for one scene, drawn in one call because thousands of scenes are made at a
-    time.
-    """
+    """Uniform numbers for one scene, drawn in one call because scenes are made by the thousand."""
 
     def __init__(self, generator: torch.Generator) -> None:
         numbers: list[float] = torch.rand(24, generator=generator, dtype=torch.float64).tolist()

@@ -66,9 +66,7 @@ def tie_cases(tokenizer: T5Tokenizer, embedding: torch.nn.Embedding) -> None:
 
 
 def clip_tokenizer(max_length: int) -> CLIPTokenizer:
-    """Return a CLIP tokenizer whose merges spell every word of `WORDS` as one token (begin 0, end
-    and pad 1).
-    """
+    """Return a CLIP tokenizer that has one token per word of `WORDS` (begin 0, end and pad 1)."""
     like = CLIPTokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer, bpe.pre_tokenizer = like.normalizer, like.pre_tokenizer

@@ -1,5 +1,4 @@
-"""Train the embedded text-to-image model: a small Flux that draws the scenes of
-`mmattn.mini.scenes`.
+"""Train the embedded text-to-image model: a small Flux that draws `mmattn.mini.scenes`.
 
     python -m mmattn.mini.train_t2i --out weights/t2i
 
@@ -49,9 +48,7 @@ SIZE = 64
 """Picture side in pixels."""
 
 TEXT_LENGTH = 16
-"""Text tokens per prompt. Flux attends to padding, so sampling must use the length that training
-used.
-"""
+"""Text tokens per prompt. Flux attends to padding, so sampling must use the length of training."""
 
 HELD_OUT_SEED = 900_000
 """The first seed for judging; training never uses the seeds from here to 999_999."""
@@ -79,9 +76,7 @@ def build_vae() -> AutoencoderKL:
 def train_vae(
     vae: AutoencoderKL, progress: Progress, *, seed: int, batch: int = 8, log: Log = silent
 ) -> float:
-    """Train the autoencoder on noise-free scenes, set its latent scale and shift, and return its
-    PSNR in dB.
-    """
+    """Train the autoencoder on noise-free scenes and set its latent scale and shift; returns dB of PSNR."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     check = draw_scenes(make_scenes(64, HELD_OUT_SEED)) * 2 - 1
@@ -249,9 +244,7 @@ def train_flow(
     checkpoint: Checkpoint | None = None,
     log: Log = silent,
 ) -> None:
-    """Train the transformer and both text encoders on encoded scenes; leaves the averaged weights
-    in `pipe`.
-    """
+    """Train transformer and text encoders on encoded scenes; leaves the averaged weights in `pipe`."""
     modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
     for module in modules:
         module.train().to(device)
@@ -324,9 +317,7 @@ def sample(
     guidance: float = 3.0,
     batch: int = 32,
 ) -> Tensor:
-    """Draw one picture per prompt, `[B, 3, Y, X]` in [0, 1], with classifier-free guidance against
-    the empty prompt.
-    """
+    """Draw one picture per prompt, `[B, 3, Y, X]` in [0, 1], guided away from the empty prompt."""
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for start in range(0, len(prompts), batch):

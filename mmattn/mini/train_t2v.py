@@ -290,9 +290,7 @@ def train_flow(
     checkpoint: Checkpoint | None = None,
     log: Log = silent,
 ) -> None:
-    """Train the transformer and the text encoder on encoded clips; leaves the averaged weights in
-    `pipe`.
-    """
+    """Train transformer and text encoder on encoded clips; leaves the averaged weights in `pipe`."""
     modules = [pipe.transformer, pipe.text_encoder]
     for module in modules:
         module.train().to(device)
@@ -358,9 +356,7 @@ def sample(
     frames: int = FRAMES,
     batch: int = 16,
 ) -> Tensor:
-    """Draw one clip per prompt, `[B, 3, T, Y, X]` in [0, 1], with classifier-free guidance against
-    the empty prompt.
-    """
+    """Draw one clip per prompt, `[B, 3, T, Y, X]` in [0, 1], guided away from the empty prompt."""
     pipe.set_progress_bar_config(disable=True)
     clips = []
     for start in range(0, len(prompts), batch):
@@ -383,9 +379,7 @@ def sample(
 def evaluate(
     pipe: WanPipeline, n: int, seed: int = HELD_OUT_SEED, *, steps: int = 20, guidance: float = 3.0
 ) -> dict[str, Any]:
-    """Draw `n` held-out prompts and judge them with `mmattn.mini.oracle`: share of right answers
-    per question.
-    """
+    """Draw `n` held-out prompts; returns the share of right answers per question of the oracle."""
     clips = make_clips(n, seed)
     drawn = sample(pipe, [clip.caption for clip in clips], seed, steps=steps, guidance=guidance)
     report: dict[str, Any] = {"n": n, "steps": steps, "guidance": guidance}

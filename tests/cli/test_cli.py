@@ -322,6 +322,15 @@ def test_eval_prints_quality(run):
     assert 0 <= rows[0]["top1"] <= 1 and "agreement" in rows[1]
 
 
+def test_bench_times_a_pipeline(run):
+    code, out, _ = run(
+        *("bench", "t2i", "-m", "identity", "--repeats", "1", "--warmup", "0", "--steps", "1"),
+        *("--json", "-q"),
+    )
+    assert code == 0
+    assert all(row["median_ms"] > 0 for row in json.loads(out)["timings"])
+
+
 def test_bench_prints_dense_beside_the_method(run):
     code, out, _ = run(
         *("bench", "vit", "-m", "tome:r=8", "--repeats", "2", "--warmup", "0", "--json", "-q")

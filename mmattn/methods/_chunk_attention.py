@@ -10,6 +10,9 @@ from mmattn.methods._calls import mask_rows, masked_like
 _MASK_ENTRIES = 1 << 24
 """Largest token mask built at once (entries over batch, heads, queries and keys)."""
 
+_GATHER_FROM = 2048
+"""Image tokens from which gathering pays on a CPU; below, its many small products cost more than a mask."""
+
 
 def attend_chunks(
     q: torch.Tensor,
@@ -31,6 +34,7 @@ def attend_chunks(
     """
     # Gathering needs shapes that depend on the data, and small matrix products: right for a CPU only.
     gather = q.device.type == "cpu" and given is None and not torch.compiler.is_compiling()
+    gather = gather and q.shape[2] >= _GATHER_FROM
     if gather and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         return routed(q, k, v, chosen, ids, image, scale)
     return masked(q, k, v, chosen, ids, image, given, scale)

@@ -212,7 +212,7 @@ def test_a_pipeline_is_a_target():
 
 
 def test_a_peft_model_is_a_target():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="LoRA needs the extra [train]")
     model, call, sites = made("llama")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     stock = zoo.logits(wrapped, call)

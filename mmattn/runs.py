@@ -94,10 +94,6 @@ class Run:
         """What the method in `slot` remembers at this site, by branch and call; to read after a run."""
         return {(b, c): d for (b, n, c), d in site.memory.items() if n == slot}
 
-    @property
-    def _state(self) -> dict[tuple[int, int, int, int], dict[str, Any]]:
-        return {(id(s), *key): d for s in self.sites for key, d in s.memory.items()}
-
     def generator_of(self, site: Site, device: torch.device | None) -> torch.Generator:
         """A generator seeded from the session seed and the site, never the global one."""
         where = torch.device("cpu") if device is None else device

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Dense = Callable[..., torch.Tensor]
 """``dense(q, k, v, mask=..., scale=...) -> [B, H, Q, D]``: the original attention of this site."""
 
-SEAMS = ("attention", "heads", "tokens", "features", "sequence", "logits")
+SEAMS = ("attention", "heads", "tokens", "features", "logits")
 
 
 @dataclass(frozen=True)

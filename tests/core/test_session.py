@@ -366,15 +366,19 @@ def test_state_is_cleared_when_a_run_starts(model, x):
     with mmattn.attach(model, Scale()) as session:
         session.step(0, 2)
         model(x)
-        run = session.runs[0]
-        assert [s["seen"] for s in run._state.values()] == [1, 1, 1]
+        sites = session.runs[0].sites
+
+        def seen():
+            return [state["seen"] for site in sites for state in site.memory.values()]
+
+        assert seen() == [1, 1, 1]
         model(x)  # the second call of the same step is another branch
-        assert {key[1] for key in run._state} == {0, 1}
+        assert {branch for site in sites for branch, *_ in site.memory} == {0, 1}
         session.step(1, 2)
         model(x)
-        assert max(s["seen"] for s in run._state.values()) == 2
+        assert max(seen()) == 2
         session.step(0, 2)
-        assert run._state == {}
+        assert seen() == []
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -15,7 +15,9 @@ from mmattn_kernels.block_sparse.lists import mask_of
 def can_run(problem: Problem) -> str | None:
     """Why FlexAttention cannot run, None if it can."""
     if problem.device.type != "cuda":
-        return "on a CPU FlexAttention has neither gradient nor LSE and is half as fast as gathering"
+        return (
+            "on a CPU FlexAttention has neither gradient nor LSE and is half as fast as gathering"
+        )
     if problem.extra.get("patterns"):
         return "patterns inside blocks would need a mask function of their own"
     return None
@@ -58,6 +60,12 @@ def forward(
         seq_lengths=(q.shape[2], k.shape[2]),
     )
     out, lse = _compiled()(
-        q, k, v, block_mask=block_mask, scale=scale, return_lse=True, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        block_mask=block_mask,
+        scale=scale,
+        return_lse=True,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.contiguous(), lse

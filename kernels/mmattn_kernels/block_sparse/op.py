@@ -31,9 +31,7 @@ OP = Op(
     Backend("triton", _backends.no_triton, _triton_forward, _triton_backward),
     Backend("torch", _backends.always, plain.forward, plain.backward),
     Backend("flex", flex.can_run, flex.forward, automatic=False),
-    Backend(
-        "reference", _backends.always, reference.forward, reference.backward, automatic=False
-    ),
+    Backend("reference", _backends.always, reference.forward, reference.backward, automatic=False),
 )
 
 
@@ -58,8 +56,6 @@ def _run(
     chosen = OP.choose(backend, _problem(q, k, v, patterns))
     out, lse = chosen.forward(q, k, v, *lists)
     return out, lse
-
-
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -190,4 +186,6 @@ def check_lists(op: str, q: Tensor, k: Tensor, lists: BlockLists) -> None:
                 f"{q.shape[axis]}; 1 would serve all."
             )
     if lists.counts.device != q.device:
-        raise ValueError(f"{op}: the lists are on {lists.counts.device}, the queries on {q.device}.")
+        raise ValueError(
+            f"{op}: the lists are on {lists.counts.device}, the queries on {q.device}."
+        )

@@ -75,5 +75,8 @@ def backward(
         if not total.requires_grad:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grads = torch.autograd.grad(total, leaves, allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)]
+    found = [
+        torch.zeros_like(x) if g is None else g.to(x.dtype)
+        for g, x in zip(grads, (q, k, v), strict=True)
+    ]
     return found[0], found[1], found[2]

@@ -59,7 +59,11 @@ def batches(
     short_k = nk * k_block - k_len
     short_q = nq * q_block - q_len
     # Lists are in rising order, so a short last block is always at the end of its list.
-    cut = ((last_key == nk - 1) & (counts > 0)) if short_k else torch.zeros_like(counts, dtype=torch.bool)
+    cut = (
+        ((last_key == nk - 1) & (counts > 0))
+        if short_k
+        else torch.zeros_like(counts, dtype=torch.bool)
+    )
     at = torch.arange(b * h * nq, device=counts.device)
     short = ((at % nq) == nq - 1) if short_q else torch.zeros_like(cut)
     if pattern_of is not None:
@@ -75,7 +79,12 @@ def batches(
     start = 0
     for value, size in zip(values.tolist(), sizes.tolist(), strict=True):
         members, start = order[start : start + size], start + size
-        count, has_cut, is_short, has_pattern = value >> 3, value >> 2 & 1, value >> 1 & 1, value & 1
+        count, has_cut, is_short, has_pattern = (
+            value >> 3,
+            value >> 2 & 1,
+            value >> 1 & 1,
+            value & 1,
+        )
         if count == 0:
             continue
         tokens = count * k_block - (short_k if has_cut else 0)
@@ -144,7 +153,16 @@ def forward(
     lse = torch.full(queries.shape[:2], float("-inf"), dtype=state_dtype(q), device=q.device)
     token_bytes = d * q.element_size()
     for part in batches(
-        (b, h), q_len, k.shape[2], counts, indices, patterns, pattern_of, q_block, k_block, token_bytes
+        (b, h),
+        q_len,
+        k.shape[2],
+        counts,
+        indices,
+        patterns,
+        pattern_of,
+        q_block,
+        k_block,
+        token_bytes,
     ):
         rows = part.head * nq + part.block
         columns = ((part.head // group)[:, None] * nk + part.columns).flatten()

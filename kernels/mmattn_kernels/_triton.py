@@ -56,6 +56,16 @@ def descriptor(x: Tensor, *block: int) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
+def multiprocessors(x: Tensor) -> int:
+    """How many programs run side by side: those of the device of `x`, an H100's where there is none.
+
+    Two when interpreting, so that small problems are split as well.
+    """
+    if x.is_cuda:
+        return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return 2 if interpreting() else 132
+
+
 @contextlib.contextmanager
 def on_device(x: Tensor) -> Iterator[None]:
     """Launch on the device of `x`."""

@@ -20,7 +20,7 @@ REGISTRY: dict[str, Op] = {}
 """Every op by name; filled when `mmattn_kernels` is imported."""
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(RuntimeError):  # noqa: N818  (the name is public API)
     """A back end was asked for by name and cannot run this call; the message says why."""
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -19,7 +18,7 @@ LOG2E = 1.4426950408889634
 
 def padded_dim(dim: int) -> int:
     """The least power of two that holds `dim`, at least 16: what a tile of `tl.dot` needs."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def split_dim(dim: int) -> tuple[int, int]:

@@ -20,11 +20,17 @@ class Listing(NamedTuple):
 def list_true(mask: Tensor) -> Listing:
     """For every row of ``mask [..., n]``: the number of True, and their positions in rising order.
 
-    Positions fill the first `counts` places of ``indices [..., n]`` (int32); the places behind hold
-    the False ones and are never read. Nothing is copied to the host.
+    Positions fill the first `counts` places of ``indices [..., n]`` (int32); the places behind hold no
+    position and are never read. Nothing is sorted and nothing is copied to the host.
     """
-    indices = torch.argsort(mask.logical_not().to(torch.uint8), dim=-1, stable=True)
-    return Listing(mask.sum(-1, dtype=torch.int32), indices.to(torch.int32))
+    n = mask.shape[-1]
+    place = mask.cumsum(-1, dtype=torch.int32)
+    # The False ones are all written to one place more than there are, which is then cut off.
+    target = torch.where(mask, place - 1, n).long()
+    positions = torch.arange(n, dtype=torch.int32, device=mask.device).expand(mask.shape)
+    indices = torch.zeros(*mask.shape[:-1], n + 1, dtype=torch.int32, device=mask.device)
+    indices.scatter_(-1, target, positions)
+    return Listing(mask.sum(-1, dtype=torch.int32), indices[..., :n].contiguous())
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,20 @@ class BlockLists:
         some = inside.unflatten(3, (nk, k_block)).unflatten(2, (nq, q_block)).transpose(3, 4)
         listed = some.flatten(4).any(-1)
         partial = listed & ~tiles.flatten(4).all(-1)
-        lists = {"q_len": q_len, "k_len": k_len, "q_block": q_block, "k_block": k_block}
-        if not bool(partial.any()):
-            return cls.from_mask(listed, **lists)
-        patterns, which = tiles[partial].unique(dim=0, return_inverse=True)
-        pattern_of = torch.full(listed.shape, -1, dtype=torch.int32, device=mask.device)
-        pattern_of[partial] = which.to(torch.int32)
-        return cls.from_mask(listed, **lists, patterns=patterns, pattern_of=pattern_of)
+        patterns = pattern_of = None
+        if bool(partial.any()):
+            patterns, which = tiles[partial].unique(dim=0, return_inverse=True)
+            pattern_of = torch.full(listed.shape, -1, dtype=torch.int32, device=mask.device)
+            pattern_of[partial] = which.to(torch.int32)
+        return cls.from_mask(
+            listed,
+            q_len=q_len,
+            k_len=k_len,
+            q_block=q_block,
+            k_block=k_block,
+            patterns=patterns,
+            pattern_of=pattern_of,
+        )
 
     @property
     def blocks(self) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmattn_kernels import _backends, _library
@@ -14,13 +13,13 @@ from mmattn_kernels.block_sparse import flex, reference, torch as plain
 from mmattn_kernels.block_sparse.lists import BlockLists
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _triton_forward(*args: Any) -> Any:
     from mmattn_kernels.block_sparse import triton
 
     return triton.forward(*args)
 
 
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_backward(*args: Any) -> Any:
     from mmattn_kernels.block_sparse import triton
 
     return triton.backward(*args)

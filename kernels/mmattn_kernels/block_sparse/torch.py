@@ -102,7 +102,7 @@ def batches(
 
 def blocked(x: Tensor, block: int) -> Tensor:
     """``[B, H, N, D]`` as blocks ``[B * H * n, block, D]``, the last one padded with zeros."""
-    b, h, n, d = x.shape
+    n, d = x.shape[2:]
     if n % block:
         x = F.pad(x, (0, 0, 0, -n % block))
     return x.reshape(-1, block, d)

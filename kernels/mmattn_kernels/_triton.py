@@ -38,6 +38,11 @@ def upcast(x: Tensor) -> bool:
     return interpreting() and x.dtype == torch.bfloat16
 
 
+def result_dtype(x: Tensor) -> torch.dtype:
+    """dtype of a result like `x` while a kernel writes it; the interpreter would truncate to bfloat16."""
+    return torch.float32 if upcast(x) else x.dtype
+
+
 def aligned(x: Tensor) -> Tensor:
     """`x` itself if a tensor descriptor can read it, else a copy whose rows are 16-byte aligned."""
     size = x.element_size()

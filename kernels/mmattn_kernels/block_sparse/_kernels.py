@@ -195,14 +195,14 @@ def forward_kernel(
     ROUTED: tl.constexpr,
     PATTERNS: tl.constexpr,
     UP: tl.constexpr,
-    IEEE: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     """Output and LSE of one tile of queries of one head.
 
     BOUNDED: 0 when no listed tile reaches past its block, 1 when only the last of a list can, 2 when any
     can. D0 + D1 columns hold the head dimension in two boxes; D1 is 0 when one does.
     """
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    precision: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     per_block: tl.constexpr = (q_block + BM - 1) // BM
     tiles: tl.constexpr = (k_block + BN - 1) // BN
     tile = tl.program_id(0)
@@ -279,8 +279,7 @@ def forward_kernel(
             value1.to(out.dtype.element_ty),
             mask=legal[:, None] & (dims1 < D)[None, :],
         )
-    # log2 of 0 is -inf, which is what a row without keys has.
-    tl.store(lse + bh * q_len + rows, (peak + tl.log2(mass)) * 0.6931471805599453, mask=legal)
+    tl.store(lse + bh * q_len + rows, (peak + tl.log2(full)) * 0.6931471805599453, mask=legal)
 
 
 @triton.jit
@@ -322,10 +321,10 @@ def backward_queries_kernel(
     ROUTED: tl.constexpr,
     PATTERNS: tl.constexpr,
     UP: tl.constexpr,
-    IEEE: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     """Gradient of one tile of queries. `lse` is in units of log 2, and +inf for rows without keys."""
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    precision: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     per_block: tl.constexpr = (q_block + BM - 1) // BM
     tiles: tl.constexpr = (k_block + BN - 1) // BN
     tile = tl.program_id(0)
@@ -421,10 +420,10 @@ def backward_keys_kernel(
     ROUTED: tl.constexpr,
     PATTERNS: tl.constexpr,
     UP: tl.constexpr,
-    IEEE: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     """Gradients of one tile of keys and values, over the reversed lists of the heads that share them."""
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    precision: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     per_block: tl.constexpr = (q_block + BM - 1) // BM
     tiles: tl.constexpr = (k_block + BN - 1) // BN
     tile = tl.program_id(0)

@@ -198,5 +198,7 @@ def aot_cases() -> list[AotCase]:
         AotCase("forward bf16 d256", partial(launch, 256, torch.bfloat16, False)),
         AotCase("backward bf16 d64", partial(launch, 64, torch.bfloat16, True)),
         AotCase("backward bf16 d128", partial(launch, 128, torch.bfloat16, True)),
-        AotCase("backward bf16 d256", partial(launch, 256, torch.bfloat16, True)),
+        AotCase(
+            "backward bf16 d256", partial(launch, 256, torch.bfloat16, True), tensor_cores="mma"
+        ),
     ]

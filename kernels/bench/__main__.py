@@ -105,7 +105,10 @@ def main() -> int:
         name = "cpu" if arguments.device == "cpu" else about["device"].replace(" ", "_").lower()
         path = RESULTS / f"{name}.json"
         rounded = [
-            {k: round(x, 4) if isinstance(x, float) and k != "error" else x for k, x in line.items()}
+            {
+                k: round(x, 4) if isinstance(x, float) and k != "error" else x
+                for k, x in line.items()
+            }
             for line in lines
         ]
         path.write_text(json.dumps({"machine": about, "lines": rounded}, indent=1) + "\n", "utf-8")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmattn_kernels import _triton
 from mmattn_kernels._aot import AotCase
 from mmattn_kernels._backends import interpreting
-from mmattn_kernels.block_sparse import _kernels
+from mmattn_kernels.block_sparse import _kernels, _kernels_backward
 from mmattn_kernels.block_sparse.lists import list_true, mask_of
 
 
@@ -70,8 +70,11 @@ def _fit(size: int, block: int) -> int:
 class Lists:
     """What a kernel reads to know which pairs to compute.
 
-    `q_block` and `k_block` are those of the lists. In routed attention the lists name key tiles, and
-    `starts`, `stops`, `owners` (int32 ``[tiles]``) and `bits` (int32 ``[B, H, Q, words]``) are given.
+    `q_block` and `k_block` are those of the lists. In neighborhood attention `spans` (int32
+    ``[axes * 2, Q]``, first and last code a query sees), `codes` (int32 ``[axes, K]``) and `whole` (int32
+    like `counts`, how many tiles of a list come first that are seen whole) are given. In routed attention
+    the lists name key tiles, and `starts`, `stops`, `owners` (int32 ``[tiles]``) and `bits` (int32
+    ``[B, H, Q, words]``) are given.
     """
 
     counts: Tensor
@@ -84,10 +87,18 @@ class Lists:
     stops: Tensor | None = None
     owners: Tensor | None = None
     bits: Tensor | None = None
+    spans: Tensor | None = None
+    codes: Tensor | None = None
+    whole: Tensor | None = None
 
     @property
     def routed(self) -> bool:
         return self.bits is not None
+
+    @property
+    def axes(self) -> int:
+        """Axes of the grid whose windows are compared; 0 for none."""
+        return 0 if self.codes is None else self.codes.shape[0]
 
     def bounded(self, k_len: int, columns: int) -> int:
         """How a kernel with `columns` keys per tile must look out for tiles that reach too far."""
@@ -97,7 +108,10 @@ class Lists:
 
     def tensors(self, like: Tensor) -> list[Tensor]:
         """The pointers, in the kernels' order; a tensor nobody reads stands for those not given."""
-        given = (self.starts, self.stops, self.owners, self.bits, self.patterns, self.pattern_of)
+        given = (
+            *(self.starts, self.stops, self.owners, self.bits, self.patterns, self.pattern_of),
+            *(self.spans, self.codes, self.whole),
+        )
         return [
             self.counts,
             self.indices,
@@ -163,6 +177,7 @@ def attend(
             BOUNDED=lists.bounded(k.shape[2], tiles.columns),
             ROUTED=lists.routed,
             PATTERNS=lists.patterns is not None,
+            WINDOW=lists.axes,
             UP=_triton.upcast(q),
             PRECISE=q.dtype == torch.float32,
             num_warps=tiles.warps,
@@ -205,12 +220,13 @@ def gradients(
         "k_block": lists.k_block,
         "ROUTED": lists.routed,
         "PATTERNS": lists.patterns is not None,
+        "WINDOW": lists.axes,
         "UP": _triton.upcast(q),
         "PRECISE": q.dtype == torch.float32,
     }
     jobs = (
-        (_kernels.backward_queries_kernel, lists, tiles[0], (dq,)),
-        (_kernels.backward_keys_kernel, reverse, tiles[1], (dk, dv)),
+        (_kernels_backward.backward_queries_kernel, lists, tiles[0], (dq,)),
+        (_kernels_backward.backward_keys_kernel, reverse, tiles[1], (dk, dv)),
     )
     for kernel, given, shape, results in jobs:
         by_queries = len(results) == 1

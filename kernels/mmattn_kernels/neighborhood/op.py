@@ -189,7 +189,7 @@ def neighborhood_attention(
     return (out, lse) if return_lse else out
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _geometry(
     grid: Sequence[int],
     window: int | Sequence[int],

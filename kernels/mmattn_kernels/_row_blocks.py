@@ -15,6 +15,10 @@ from mmattn_kernels._checks import state_dtype
 
 _SCORES = 1 << 20
 """Scores held at once: enough to keep two cores busy, few enough for the last cache (4 MiB of fp32)."""
+_GPU_SCORES = 1 << 25
+_LEAST_ROWS = 16
+_CAUSAL_ROWS = 128
+"""With causality every row of a part computes the keys of its last row; short parts waste less."""
 
 
 @dataclass(frozen=True)
@@ -30,61 +34,103 @@ class Masking:
     is_causal: bool = False
     groups: Tensor | None = None
 
-    def apply(self, scores: Tensor, item: int, heads: slice, rows: slice, q_len: int) -> Tensor:
-        """Mask ``scores [heads, rows, K]`` of one batch item in place."""
-        k_len = scores.shape[2]
+    def apply(self, scores: Tensor, part: Part, q_len: int, k_len: int) -> Tensor:
+        """Mask the scores ``[heads, rows, keys]`` of a part in place."""
         if self.mask is not None:
-            part = self.mask[item if self.mask.shape[0] > 1 else 0]
-            part = part[heads if part.shape[0] > 1 else slice(None)]
-            part = part[:, rows if part.shape[1] > 1 else slice(None)]
-            if part.dtype == torch.bool:
-                scores.masked_fill_(~part, float("-inf"))
+            given = self.mask[part.item if self.mask.shape[0] > 1 else 0]
+            given = given[part.heads if given.shape[0] > 1 else slice(None)]
+            given = given[:, part.rows if given.shape[1] > 1 else slice(None), : part.keys]
+            if given.dtype == torch.bool:
+                scores.masked_fill_(~given, float("-inf"))
             else:
-                scores.add_(part)
+                scores.add_(given)
         if self.is_causal:
-            last = torch.arange(rows.start, rows.stop, device=scores.device) + (k_len - q_len)
-            key = torch.arange(k_len, device=scores.device)
-            scores.masked_fill_(key > last[:, None], float("-inf"))
+            last = torch.arange(part.rows.start, part.rows.stop, device=scores.device)
+            last = last + (k_len - q_len)
+            # Keys that the first row sees are seen by all.
+            seen = max(0, part.rows.start + k_len - q_len + 1)
+            key = torch.arange(seen, part.keys, device=scores.device)
+            scores[..., seen:].masked_fill_(key > last[:, None], float("-inf"))
         if self.groups is not None:
-            scores.masked_fill_(self.groups[item] < 0, float("-inf"))
+            scores.masked_fill_(self.groups[part.item, : part.keys] < 0, float("-inf"))
         return scores
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of some heads of one batch item."""
+    """Some rows of some heads of one batch item; they see at most the first `keys` keys.
+
+    The G query heads that share a key head are next to each other, so that they and their R rows are
+    ``[P, G * R]`` rows for P key heads, and keys need no copy per query head.
+    """
 
     item: int
-    heads: slice
-    kv_heads: Tensor | slice
+    kv_heads: slice
+    group: int
     rows: slice
+    keys: int
+
+    @property
+    def heads(self) -> slice:
+        """The query heads."""
+        return slice(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
 
     @property
     def at(self) -> tuple[int, slice, slice]:
         """Where the rows are in a tensor ``[B, H, Q, ...]``."""
         return self.item, self.heads, self.rows
 
+    @property
+    def columns(self) -> tuple[int, slice, slice]:
+        """Where the keys are in a tensor ``[B, Hkv, K, ...]``."""
+        return self.item, self.kv_heads, slice(0, self.keys)
 
-def parts(q: Tensor, k: Tensor) -> Iterator[Part]:
-    """Cut ``q [B, H, Q, D]`` so that the scores of a part stay in the cache."""
+    def take(self, x: Tensor) -> Tensor:
+        """Rows ``[P, G * R, ...]`` of ``x [B, H, Q, ...]``."""
+        rows: Tensor = x[self.at].unflatten(0, (-1, self.group)).flatten(1, 2)
+        return rows
+
+    def put(self, x: Tensor, value: Tensor) -> None:
+        """Write rows ``[P, G * R, ...]`` into ``x [B, H, Q, ...]``."""
+        place = x[self.at]
+        place.copy_(value.reshape(place.shape))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """``[P, G * R, ...]`` as ``[heads, R, ...]``."""
+        return x.view(-1, self.rows.stop - self.rows.start, *x.shape[2:])
+
+
+def parts(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[Part]:
+    """Cut ``q [B, H, Q, D]`` so that the scores of a part stay in the cache.
+
+    Rows that causality leaves without keys need not be in any part.
+    """
     b, h, q_len, _ = q.shape
-    group, k_len = h // k.shape[1], max(1, k.shape[2])
-    heads = max(1, _SCORES // (k_len * q_len)) if q_len else 1
-    rows = q_len if heads > 1 else max(16, _SCORES // k_len)
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    if not (q_len and k_len):
+        return
+    group = h // kv_heads
+    most = _SCORES if q.device.type == "cpu" else _GPU_SCORES
+    rows = min(q_len, max(1, _LEAST_ROWS // group, most // (group * k_len)))
+    if is_causal:
+        rows = min(rows, _CAUSAL_ROWS)
+    rows = -(-q_len // -(-q_len // rows))
+    heads = min(kv_heads, max(1, most // (rows * group * k_len)))
     for item in range(b):
-        for first in range(0, h, heads):
-            some = slice(first, min(first + heads, h))
-            kv: Tensor | slice = some
-            if group > 1:
-                kv = torch.arange(some.start, some.stop, device=q.device) // group
+        for first in range(0, kv_heads, heads):
+            some = slice(first, min(first + heads, kv_heads))
             for start in range(0, q_len, rows):
-                yield Part(item, some, kv, slice(start, min(start + rows, q_len)))
+                stop = min(start + rows, q_len)
+                keys = min(k_len, stop + k_len - q_len) if is_causal else k_len
+                if keys > 0:
+                    yield Part(item, some, group, slice(start, stop), keys)
 
 
 def scores_of(q: Tensor, k: Tensor, part: Part, masking: Masking, scale: float) -> Tensor:
-    """Masked scores ``[heads, rows, K]``; q and k already have the dtype to compute in."""
-    scores = torch.matmul(q[part.at], k[part.item, part.kv_heads].transpose(1, 2)).mul_(scale)
-    return masking.apply(scores, part.item, part.heads, part.rows, q.shape[2])
+    """Masked scores ``[P, G * R, keys]``; q and k already have the dtype to compute in."""
+    scores = torch.bmm(part.take(q) * scale, k[part.columns].transpose(1, 2))
+    masking.apply(part.by_head(scores), part, q.shape[2], k.shape[2])
+    return scores
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,12 +151,9 @@ def lift(*tensors: Tensor) -> list[Tensor]:
     return [x.to(state_dtype(x)) for x in tensors]
 
 
-def add_to_keys(total: Tensor, part: Part, value: Tensor) -> None:
-    """Add ``value [heads, K, ...]`` to ``total [B, Hkv, K, ...]``, summing heads that share keys."""
-    if isinstance(part.kv_heads, slice):
-        total[part.item, part.kv_heads] += value
-    else:
-        total[part.item].index_add_(0, part.kv_heads, value)
+def add_to_keys(total: Tensor, part: Part, weights: Tensor, rows: Tensor) -> None:
+    """Add ``weights^T rows`` to the keys of a part in ``total [B, Hkv, K, D]``."""
+    total[part.columns].baddbmm_(weights.transpose(1, 2), rows)
 
 
 def check_masking(

@@ -108,7 +108,8 @@ def rows_kernel(
     shares = tl.zeros((BM, 8), tl.float32)
     if WEIGHED:
         row_lse = tl.load(lse + row_at, mask=legal, other=float("inf")) * 1.4426950408889634
-        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
+        # Probabilities of long rows are below the normal numbers of fp16: 2^8 lifts them, undone below.
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) - 8.0
         factors = tl.load(
             coefficients + row_at[:, None] * GROUPS + names[None, :],
             mask=legal[:, None] & (names < GROUPS)[None, :],
@@ -152,7 +153,9 @@ def rows_kernel(
                 v = v.to(tl.float32)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=precision)
 
-    if not WEIGHED:
+    if WEIGHED:
+        acc = acc * 0.00390625
+    else:
         full = tl.where(total == 0.0, 1.0, total)
         acc = acc / full[:, None]
         tl.store(lse + row_at, (peak + tl.log2(full)) * 0.6931471805599453, mask=legal)

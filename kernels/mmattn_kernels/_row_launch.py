@@ -56,7 +56,13 @@ def rows(
     masses = None
     if num_groups and not weighed:
         masses = torch.empty((*q.shape[:3], num_groups), **kinds)  # type: ignore[call-overload]
-    if q.numel():
+    if not k.numel():
+        if not weighed:
+            lse.fill_(float("-inf"))
+        for empty in (out, masses):
+            if empty is not None:
+                empty.zero_()
+    elif q.numel():
         size_q, size_k, warps, stages = _tiles(dim, dtype)
         if num_groups and stages > 2:
             stages = 2
@@ -105,8 +111,8 @@ def columns(
     b, h, q_len, dim = q.shape
     k_len = k.shape[2]
     mass = torch.empty((b, h, k_len), dtype=torch.float32, device=q.device)
-    if not mass.numel():
-        return mass
+    if not mass.numel() or not q_len:
+        return mass.zero_()
     # Keys are the rows of this kernel's output; queries stream by.
     size_k, size_q, warps, stages = _tiles(dim, q.dtype)
     size_q, size_k = (size_q, size_k) if interpreting() else (size_k, min(size_q, 64))

@@ -6,7 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from mmattn_kernels import _row_blocks, attention_with_column_mass
+from mmattn_kernels.column_mass import torch as plain
 from oracles import dense, gradients, loss_of, random_qkv, sdpa_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that any operator returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage().nbytes() // x.element_size()
+                self.numbers = max(self.numbers, min(x.numel(), storage))
+        return found
+
 
 SHAPES = [
     # B, H, Hkv, Q, K, D
@@ -74,6 +91,51 @@ def test_torch_equals_loops_and_dense(shape, kind, poisoned):
     check(gradients(loss_of(*got), *inputs), gradients(loss_of(*want), *inputs), 1e-10)
 
 
+@pytest.mark.parametrize("scores", [1, 300, 2000])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 37, 53, 16), (1, 6, 2, 53, 37, 16)], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "added", "everything"])
+def test_many_parts_are_as_one(shape, kind, scores, monkeypatch, poisoned):
+    """Cuts between rows, between key heads and, with causality, between keys; some rows see no key."""
+    monkeypatch.setattr(_row_blocks, "_SCORES", scores)
+    monkeypatch.setattr(_row_blocks, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(_row_blocks, "_CAUSAL_ROWS", 9)
+    qkv, given, bias, shares = make(shape, torch.float64, kind)
+    got = attention_with_column_mass(*qkv, **given, backend="torch")
+    want = exact(qkv, bias, shares)
+    check(got, want, 1e-11)
+    inputs = leaves(qkv, given)
+    check(gradients(loss_of(*got), *inputs), gradients(loss_of(*want), *inputs), 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal"])
+def test_a_thousand_tokens(kind):
+    qkv, given, bias, shares = make((1, 2, 1, 1000, 1000, 32), torch.float32, kind)
+    got = attention_with_column_mass(*qkv, **given, backend="torch")
+    check(got, exact(qkv, bias, shares), 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_nothing_to_see_and_nobody_to_look(backend, poisoned):
+    q, k, v = random_qkv(1, 2, 3, 0, 16, dtype=torch.float32)
+    out, lse, mass = attention_with_column_mass(q, k, v, backend=backend)
+    assert (out == 0).all() and (lse == float("-inf")).all() and mass.shape == (1, 2, 0)
+    out, lse, mass = attention_with_column_mass(k, q, q, backend=backend)
+    assert out.shape == (1, 2, 0, 16) and lse.shape == (1, 2, 0)
+    assert mass.shape == (1, 2, 3) and (mass == 0).all()
+
+
+def test_a_row_masked_by_the_least_number_spreads_evenly(poisoned):
+    """The other way to write masks; an LSE loses log(keys) next to it, so gradients must not use one."""
+    q, k, v = random_qkv(1, 1, 3, 5, 16, dtype=torch.float32, grad=True)
+    mask = torch.zeros(1, 1, 3, 5)
+    mask[:, :, 1] = torch.finfo(torch.float32).min
+    out, _, mass = attention_with_column_mass(q, k, v, mask=mask, backend="torch")
+    torch.testing.assert_close(out[0, 0, 1], v[0, 0].mean(0))
+    torch.testing.assert_close(mass.sum(), torch.tensor(3.0))
+    (grad,) = gradients(out[:, :, 1].sum(), v)
+    torch.testing.assert_close(grad, torch.full_like(v, 0.2))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_triton_equals_dense(shape, kind, poisoned):
@@ -137,6 +199,27 @@ def test_no_block_of_scores_is_larger_than_promised(monkeypatch):
     _, _, mass = attention_with_column_mass(q, k, v, backend="torch")
     assert sum(seen) == 8 * 3000 * 3000 and max(seen) <= 1 << 20
     torch.testing.assert_close(mass.sum(-1), torch.full((1, 8), 3000.0))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_tensor_grows_with_both_lengths(backward):
+    """Whatever torch makes on the way is as large as a block of scores, or as q; the op itself hides it."""
+    for n in (2048, 4096):
+        q, k, v = random_qkv(1, 4, n, n, 16, kv_heads=2, dtype=torch.float32)
+        rest = (None, None, True, 0.25)
+        with Largest() as watch:
+            out, lse, mass = plain.forward(q, k, v, *rest)
+            if backward:
+                plain.backward(out, lse, mass, q, k, v, lse, *rest)
+        assert q.numel() <= watch.numbers <= max(q.numel(), _row_blocks._SCORES) < n * n
+
+
+def test_decoding_copies_no_key():
+    """One row of 32 heads over 8 key heads: nothing as large as keys of every query head is made."""
+    q, k, v = random_qkv(1, 32, 1, 512, 64, kv_heads=8, dtype=torch.float32)
+    with Largest() as watch:
+        plain.forward(q, k, v, None, None, False, 0.125)
+    assert 32 * 512 <= watch.numbers <= k.numel()
 
 
 def test_many_small_heads_run_together(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from mmattn_kernels import BackendUnavailable, grouped_attention
+from mmattn_kernels import BackendUnavailable, _row_blocks, grouped_attention
 from oracles import dense, gradients, loss_of, random_qkv, sdpa_error
 
 SHAPES = [
@@ -82,6 +82,60 @@ def test_torch_equals_the_dense_formula(shape, kind, coefficients, poisoned):
     check(got, want, 1e-10)
     assert not torch.allclose(want[0], dense(*qkv, bias)[0], atol=1e-3)
     check(gradients(loss_of(*got), *qkv), gradients(loss_of(*want), *qkv), 1e-9)
+
+
+@pytest.mark.parametrize("runs", [0, 64])
+@pytest.mark.parametrize("scores", [1, 300, 2000])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 37, 53, 16), (1, 6, 2, 53, 37, 16)], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "everything"])
+def test_many_parts_are_as_one(shape, kind, scores, runs, monkeypatch, poisoned):
+    """Cuts between rows, key heads and keys; multiplied run by run, or by a product with the members."""
+    monkeypatch.setattr(_row_blocks, "_SCORES", scores)
+    monkeypatch.setattr(_row_blocks, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(_row_blocks, "_CAUSAL_ROWS", 9)
+    monkeypatch.setattr("mmattn_kernels.grouped.torch._MOST_RUNS", runs)
+    qkv, names, given, bias = make(shape, torch.float64, kind)
+    got = grouped_attention(*qkv, names, var, **given, return_masses=True, backend="torch")
+    want = exact(qkv, names, bias, var)
+    check(got, want, 1e-10)
+    check(gradients(loss_of(*got), *qkv), gradients(loss_of(*want), *qkv), 1e-9)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_thousand_tokens_in_three_runs(causal):
+    (q, k, v), _, given, bias = make(
+        (1, 2, 1, 1000, 1000, 32), torch.float32, "causal" if causal else "plain", grad=False
+    )
+    names = torch.full((1, 1000), 2)
+    names[:, :40], names[:, 40:616], names[:, 990:] = 0, 1, -1
+    bias = bias.masked_fill((names < 0)[:, None, None], float("-inf"))
+    got = grouped_attention(q, k, v, names, var, **given, return_masses=True, backend="torch")
+    check(got, exact((q, k, v), names, bias, var), 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_no_keys(backend, poisoned):
+    q, k, v = random_qkv(1, 2, 3, 0, 16, dtype=torch.float32)
+    names = torch.zeros(1, 0, dtype=torch.int64)
+    out, masses = grouped_attention(
+        q, k, v, names, torch.ones_like, num_groups=2, return_masses=True, backend=backend
+    )
+    assert (out == 0).all() and (masses == 0).all() and masses.shape == (1, 2, 3, 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_small_probabilities_in_fp16(backend):
+    """A sink leaves about 1e-5 to each key, below the normal numbers of fp16, which start at 6e-5."""
+    q, k, v = random_qkv(1, 1, 16, 512, 16, dtype=torch.float64)
+    q[..., 0], k[..., 0], k[:, :, 0] = 4.0, 0.0, 0.0
+    k[:, :, 0, 0], v[:, :, 0], v[:, :, 1:] = 12.0, 0.0, 30 * v[:, :, 1:]
+    q, k, v = q.half(), k.half(), v.half()
+    names = torch.zeros(1, 512, dtype=torch.int64)
+    out = grouped_attention(q, k, v, names, torch.ones_like, num_groups=1, backend=backend)
+    want, _, weights = dense(q, k, v)
+    assert 1e-7 < weights[..., 1:].median() < 3e-5
+    error = (out.double() - want).norm() / want.norm()
+    assert error <= 2**-11
 
 
 @pytest.mark.parametrize("kind", ["plain", "everything"])

@@ -20,19 +20,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``[B, H, Q, D]``, LSE ``[B, H, Q]``, mass ``[B, H, K]``."""
     masking, work = Masking(mask, is_causal), state_dtype(q)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=work, device=q.device)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:3], float("-inf"), dtype=work, device=q.device)
     mass = torch.zeros(*q.shape[:2], k.shape[2], dtype=work, device=q.device)
     query, key, value = lift(q, k, v)
-    for part in parts(q, k):
-        weights, lse[part.at] = softmax(scores_of(query, key, part, masking, scale))
-        out[part.at] = torch.matmul(weights, value[part.item, part.kv_heads]).to(q.dtype)
-        seen = mass[part.item, part.heads]
+    for part in parts(q, k, is_causal):
+        weights, row_lse = softmax(scores_of(query, key, part, masking, scale))
+        part.put(lse, row_lse)
+        part.put(out, torch.bmm(weights, value[part.columns]))
+        seen = mass[part.item, part.heads, : part.keys]
         if query_weights is None:
-            seen += weights.sum(1)
+            seen += part.by_head(weights).sum(1)
         else:
             share = query_weights[part.at].to(work)
-            seen += torch.matmul(share[:, None], weights)[:, 0]
+            seen += torch.bmm(share[:, None], part.by_head(weights))[:, 0]
     return out, lse, mass
 
 
@@ -59,21 +60,20 @@ def backward(
     dq, dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (q, k, v))
     rows = q.shape[:3] if query_weights is not None else (0,)
     dw = torch.zeros(rows, dtype=work, device=q.device)
-    finite = torch.where(lse == float("-inf"), float("inf"), lse)
-    for part in parts(q, k):
-        weights = scores_of(query, key, part, masking, scale)
-        weights = weights.sub_(finite[part.at][..., None]).exp_()
-        keys, values = key[part.item, part.kv_heads], value[part.item, part.kv_heads]
-        worth = torch.matmul(grad[part.at], values.transpose(1, 2))
-        line = grad_mass[part.item, part.heads][:, None]
+    for part in parts(q, k, is_causal):
+        # Not exp(score - LSE): next to a mask of the least finite number an LSE loses log(keys).
+        weights, _ = softmax(scores_of(query, key, part, masking, scale))
+        own = part.take(grad)
+        worth = torch.bmm(own, value[part.columns].transpose(1, 2))
+        line = grad_mass[part.item, part.heads, None, : part.keys]
         if query_weights is None:
-            worth += line
+            part.by_head(worth).add_(line)
         else:
-            worth += query_weights[part.at].to(work)[..., None] * line
-            dw[part.at] = (weights * line).sum(-1)
-        delta = (weights * worth).sum(-1) - grad_lse[part.at]
+            part.by_head(worth).addcmul_(query_weights[part.at].to(work)[..., None], line)
+            dw[part.at] = torch.bmm(part.by_head(weights), line.transpose(1, 2))[..., 0]
+        delta = (weights * worth).sum(-1) - part.take(grad_lse)
         slope = worth.sub_(delta[..., None]).mul_(weights).mul_(scale)
-        dq[part.at] = torch.matmul(slope, keys)
-        add_to_keys(dk, part, torch.matmul(slope.transpose(1, 2), query[part.at]))
-        add_to_keys(dv, part, torch.matmul(weights.transpose(1, 2), grad[part.at]))
+        part.put(dq, torch.bmm(slope, key[part.columns]))
+        add_to_keys(dk, part, slope, part.take(query))
+        add_to_keys(dv, part, weights, own)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dw

@@ -2,21 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
 from mmattn_kernels._row_blocks import Masking, Part, add_to_keys, lift, parts, scores_of, softmax
 
+_MOST_RUNS = 64
+"""Up to so many runs, multiplying run by run is cheaper than a product with the members."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who is in which group.
+
+    Attributes:
+        table: numbers 0 and 1, ``[B, G, K]``.
+        runs: for every batch item, neighbouring keys of one group as (first, stop, group), without the
+            hidden keys; None where there are too many, or where finding them would wait for a GPU.
+    """
+
+    table: Tensor
+    runs: list[list[tuple[int, int, int]] | None]
+
+    @classmethod
+    def of(cls, groups: Tensor, count: int, dtype: torch.dtype) -> Members:
+        """Read ``groups [B, K]``."""
+        names = torch.arange(count, device=groups.device)[:, None]
+        return cls((groups[:, None] == names).to(dtype), [_runs(line) for line in groups])
+
+    def sums(self, weights: Tensor, part: Part) -> Tensor:
+        """Sum per group ``[P, n, G]`` of weights ``[P, n, keys]``."""
+        table = self.table[part.item, :, : part.keys]
+        return torch.nn.functional.linear(weights, table)
+
+    def multiply(self, weights: Tensor, factors: Tensor, part: Part) -> Tensor:
+        """Multiply weights ``[P, n, keys]`` in place by the factors ``[P, n, G]`` of their groups.
+
+        Weights of hidden keys must be 0 already.
+        """
+        runs = self.runs[part.item]
+        if runs is None:
+            return weights.mul_(torch.matmul(factors, self.table[part.item, :, : part.keys]))
+        for start, stop, group in runs:
+            if start < part.keys:
+                weights[..., start : min(stop, part.keys)].mul_(factors[..., group, None])
+        return weights
+
+
+def _runs(line: Tensor) -> list[tuple[int, int, int]] | None:
+    if line.device.type != "cpu":
+        return None
+    names, lengths = torch.unique_consecutive(line, return_counts=True)
+    if len(names) > _MOST_RUNS:
+        return None
+    stops = lengths.cumsum(0)
+    found = zip((stops - lengths).tolist(), stops.tolist(), names.tolist(), strict=True)
+    return [run for run in found if run[2] >= 0]
+
 
 def _masking(mask: Tensor | None, is_causal: bool, groups: Tensor) -> Masking:
     """The masks of a call; groups hide keys only where one is -1, and looking at scores takes time."""
-    return Masking(mask, is_causal, groups if bool((groups < 0).any()) else None)
-
-
-def _members(groups: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Which group a key is in, as numbers 0 and 1: ``[B, G, K]``."""
-    return (groups[:, None] == torch.arange(count, device=groups.device)[:, None]).to(dtype)
+    some = groups.device.type != "cpu" or bool((groups < 0).any())
+    return Masking(mask, is_causal, groups if some else None)
 
 
 def masses(
@@ -30,13 +80,14 @@ def masses(
 ) -> tuple[Tensor, Tensor]:
     """LSE ``[B, H, Q]`` and probability per group ``[B, H, Q, G]``."""
     masking, work = _masking(mask, is_causal, groups), state_dtype(q)
-    members = _members(groups, num_groups, work)
-    lse = torch.empty(q.shape[:3], dtype=work, device=q.device)
-    found = torch.empty(*q.shape[:3], num_groups, dtype=work, device=q.device)
+    members = Members.of(groups, num_groups, work)
+    lse = torch.full(q.shape[:3], float("-inf"), dtype=work, device=q.device)
+    found = torch.zeros(*q.shape[:3], num_groups, dtype=work, device=q.device)
     query, key = lift(q, k)
-    for part in parts(q, k):
-        weights, lse[part.at] = softmax(scores_of(query, key, part, masking, scale))
-        found[part.at] = torch.matmul(weights, members[part.item].T)
+    for part in parts(q, k, is_causal):
+        weights, row_lse = softmax(scores_of(query, key, part, masking, scale))
+        part.put(lse, row_lse)
+        part.put(found, members.sums(weights, part))
     return lse, found
 
 
@@ -53,25 +104,17 @@ def masses_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k."""
     masking, work = _masking(mask, is_causal, groups), state_dtype(q)
-    members = _members(groups, grad_masses.shape[3], work)
+    members = Members.of(groups, grad_masses.shape[3], work)
     query, key = lift(q, k)
     dq, dk = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (q, k))
-    finite = torch.where(lse == float("-inf"), float("inf"), lse)
-    for part in parts(q, k):
-        weights = _weights(query, key, part, masking, scale, finite)
-        worth = torch.matmul(grad_masses[part.at].to(work), members[part.item])
-        delta = (weights * worth).sum(-1) - grad_lse[part.at]
-        slope = worth.sub_(delta[..., None]).mul_(weights).mul_(scale)
-        dq[part.at] = torch.matmul(slope, key[part.item, part.kv_heads])
-        add_to_keys(dk, part, torch.matmul(slope.transpose(1, 2), query[part.at]))
+    for part in parts(q, k, is_causal):
+        weights, _ = softmax(scores_of(query, key, part, masking, scale))
+        worth = part.take(grad_masses).to(work)
+        mean = (members.sums(weights, part) * worth).sum(-1) - part.take(grad_lse)
+        slope = members.multiply(weights, (worth - mean[..., None]) * scale, part)
+        part.put(dq, torch.bmm(slope, key[part.columns]))
+        add_to_keys(dk, part, slope, part.take(query))
     return dq.to(q.dtype), dk.to(k.dtype)
-
-
-def _weights(
-    query: Tensor, key: Tensor, part: Part, masking: Masking, scale: float, lse: Tensor
-) -> Tensor:
-    """Probabilities again, from an LSE that is +inf for rows without keys."""
-    return scores_of(query, key, part, masking, scale).sub_(lse[part.at][..., None]).exp_()
 
 
 def apply(
@@ -87,17 +130,16 @@ def apply(
 ) -> Tensor:
     """``sum_j c_ig(j) P_ij v_j``, ``[B, H, Q, D]``."""
     masking, work = _masking(mask, is_causal, groups), state_dtype(q)
-    members = _members(groups, coefficients.shape[3], work)
+    members = Members.of(groups, coefficients.shape[3], work)
     query, key, value = lift(q, k, v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    empty = (lse == float("-inf"))[..., None]
-    for part in parts(q, k):
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    for part in parts(q, k, is_causal):
         # The LSE is what normalises these rows; torch's softmax finds it again in less time than it
         # takes to subtract it and exponentiate.
-        weights = torch.softmax(scores_of(query, key, part, masking, scale), -1)
-        weights *= torch.matmul(coefficients[part.at].to(work), members[part.item])
-        out[part.at] = torch.matmul(weights, value[part.item, part.kv_heads]).to(q.dtype)
-    return out.masked_fill_(empty, 0.0)
+        weights, _ = softmax(scores_of(query, key, part, masking, scale))
+        members.multiply(weights, part.take(coefficients).to(work), part)
+        part.put(out, torch.bmm(weights, value[part.columns]))
+    return out
 
 
 def apply_backward(
@@ -114,22 +156,20 @@ def apply_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, of the coefficients and of the LSE, which count as inputs of their own."""
     masking, work = _masking(mask, is_causal, groups), state_dtype(q)
-    members = _members(groups, coefficients.shape[3], work)
+    members = Members.of(groups, coefficients.shape[3], work)
     query, key, value, grad = lift(q, k, v, grad_out)
     dq, dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (q, k, v))
-    dc = torch.empty(coefficients.shape, dtype=work, device=q.device)
-    dl = torch.empty(lse.shape, dtype=lse.dtype, device=q.device)
-    finite = torch.where(lse == float("-inf"), float("inf"), lse)
-    for part in parts(q, k):
-        weights = _weights(query, key, part, masking, scale, finite)
-        keys, values = key[part.item, part.kv_heads], value[part.item, part.kv_heads]
-        slope = torch.matmul(grad[part.at], values.transpose(1, 2)).mul_(weights)
-        dc[part.at] = torch.matmul(slope, members[part.item].T)
-        factors = torch.matmul(coefficients[part.at].to(work), members[part.item])
-        slope *= factors
-        dl[part.at] = -slope.sum(-1)
-        slope *= scale
-        dq[part.at] = torch.matmul(slope, keys)
-        add_to_keys(dk, part, torch.matmul(slope.transpose(1, 2), query[part.at]))
-        add_to_keys(dv, part, torch.matmul((weights * factors).transpose(1, 2), grad[part.at]))
+    dc = torch.zeros(coefficients.shape, dtype=work, device=q.device)
+    dl = torch.zeros(lse.shape, dtype=lse.dtype, device=q.device)
+    for part in parts(q, k, is_causal):
+        weights, _ = softmax(scores_of(query, key, part, masking, scale))
+        own, factors = part.take(grad), part.take(coefficients).to(work)
+        slope = torch.bmm(own, value[part.columns].transpose(1, 2)).mul_(weights)
+        sums = members.sums(slope, part)
+        part.put(dc, sums)
+        part.put(dl, -(sums * factors).sum(-1))
+        members.multiply(slope, factors * scale, part)
+        part.put(dq, torch.bmm(slope, key[part.columns]))
+        add_to_keys(dk, part, slope, part.take(query))
+        add_to_keys(dv, part, members.multiply(weights, factors, part), own)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dc.to(coefficients.dtype), dl

@@ -90,7 +90,7 @@ def random_blocks(
 
 
 def block_sparse(
-    shape: Shape, device: str, dtype: torch.dtype, densities: tuple[float, ...], backward: bool
+    shape: Shape, device: str, dtype: torch.dtype, densities: tuple[float, ...]
 ) -> Iterator[Case]:
     """Random lists of 64 and 128 blocks."""
     q, k, v = inputs(shape, device, dtype)
@@ -305,13 +305,16 @@ def linear(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("linear_attention", shape.name, 1.0, (q, k, v), run, check=check, cost=True)
 
 
+_WITH_EAGER = ("attention_with_column_mass", "grouped_attention")
+
+
 def cases(device: str, ops: set[str], quick: bool) -> Iterator[Case]:
     """Every line for a device; `quick` keeps the smallest shape."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     shapes = CPU_SHAPES if device == "cpu" else GPU_SHAPES
     densities = (0.1, 0.25, 0.5) if device == "cpu" else (0.1, 0.25, 0.5, 1.0)
     makers: dict[str, Callable[[Shape], Iterator[Case]]] = {
-        "block_sparse_attention": lambda s: block_sparse(s, device, dtype, densities, False),
+        "block_sparse_attention": lambda s: block_sparse(s, device, dtype, densities),
         "routed_attention": lambda s: routed(s, device, dtype, 0.25),
         "neighborhood_attention": lambda s: neighborhood(s, device, dtype),
         "attention_with_column_mass": lambda s: column_mass(s, device, dtype),
@@ -326,9 +329,6 @@ def cases(device: str, ops: set[str], quick: bool) -> Iterator[Case]:
             continue
         for shape in shapes[: 1 if quick else None]:
             # Eager attention at 16 384 tokens would hold 8 GB of probabilities.
-            if device == "cpu" and "eager" in _EAGER.get(name, "") and shape.tokens > 8192:
+            if device == "cpu" and name in _WITH_EAGER and shape.tokens > 8192:
                 continue
             yield from make(shape)
-
-
-_EAGER = {"attention_with_column_mass": "eager", "grouped_attention": "eager"}

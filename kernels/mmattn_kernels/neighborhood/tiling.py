@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
-from mmattn_kernels.neighborhood.windows import Axis, check_geometry, readers, spans
+from mmattn_kernels.neighborhood.windows import Axis, check_geometry, spans
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,9 @@ class Strip:
 
 
 @lru_cache(maxsize=1024)
-def strips(
-    length: int, window: int, stride: int, causal: bool, tile: int, reverse: bool = False
-) -> tuple[Strip, ...]:
-    """Cut a class of an axis into tiles of `tile` queries and sort them by shape.
-
-    With `reverse` queries and keys change places: tiles of keys, and the queries that see them.
-    """
-    table = (readers if reverse else spans)(length, window, stride, causal)
+def strips(length: int, window: int, stride: int, causal: bool, tile: int) -> tuple[Strip, ...]:
+    """Cut a class of an axis into tiles of `tile` queries and sort them by shape."""
+    table = spans(length, window, stride, causal)
     found: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
     for start in range(0, length, tile):
         part = table[start : start + tile]
@@ -164,13 +159,11 @@ class Visits:
 
 
 @lru_cache(maxsize=16384)
-def visits(
-    axis: Axis, q_tile: int, k_tile: int, *, dynamic: bool = True, reverse: bool = False
-) -> Visits:
-    """Count visits; with `reverse`, `q_tile` keys are visited by tiles of `k_tile` queries."""
+def visits(axis: Axis, q_tile: int, k_tile: int, *, dynamic: bool = True) -> Visits:
+    """Count visits of tiles of `q_tile` queries to tiles of `k_tile` keys; see `simulate`."""
     tiles = visited = full = most = 0
     for length, residues in axis.classes():
-        for strip in strips(length, axis.window, axis.stride, axis.causal, q_tile, reverse):
+        for strip in strips(length, axis.window, axis.stride, axis.causal, q_tile):
             inside = (strip.windows[-1][0], strip.windows[0][1])
             lags = [0] * len(strip.starts)
             if not dynamic:

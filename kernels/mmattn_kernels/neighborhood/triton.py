@@ -163,9 +163,9 @@ def order(
         all_seen.append((pairs | (at < 0)[..., None, None]).all(1).all(-1))
         limits += [_spread(low, q_parts, number), _spread(high, q_parts, number)]
         codes.append(_spread(code, k_parts, number))
-    needed = _grid(seen, lambda parts: torch.stack(parts).all(0)).view(1, -1)
-    whole = _grid(all_seen, lambda parts: torch.stack(parts).all(0)).view(1, -1)
-    needed, whole = _square(seen, needed), _square(all_seen, whole)
+    needed, whole = (
+        _grid(parts, lambda full: torch.stack(full).all(0)) for parts in (seen, all_seen)
+    )
     spans_table, codes_table = torch.stack(limits), torch.stack(codes)
 
     if extra:
@@ -192,11 +192,6 @@ def _spread(table: Tensor, parts: list[_AxisTiles], number: int) -> Tensor:
     shapes = [part.coordinates for part in parts]
     grown = [table if i == number else torch.zeros_like(x) for i, x in enumerate(shapes)]
     return _grid(grown, lambda full: full[number]).flatten()
-
-
-def _square(parts: list[Tensor], flat: Tensor) -> Tensor:
-    """`_grid` of tables ``[query tiles, key tiles]`` per axis, as one such table."""
-    return flat.view(prod(part.shape[0] for part in parts), -1)
 
 
 def _order(

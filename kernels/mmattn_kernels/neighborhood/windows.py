@@ -1,16 +1,14 @@
 """The geometry of neighborhood attention: which keys a query sees, one axis at a time.
 
 A query sees a key when it does so on every axis, so tables per axis describe everything. Dilation cuts an
-axis into residue classes that ignore each other; `spans` and `readers` speak of positions in one class.
+axis into residue classes that ignore each other; `spans` speaks of positions in one class.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 
@@ -55,29 +53,6 @@ def spans(length: int, window: int, stride: int, causal: bool) -> list[tuple[int
             first = min(max(leader - window // 2, 0), length - window)
             found.append((first, first + window))
     return found
-
-
-@lru_cache(maxsize=4096)
-def readers(length: int, window: int, stride: int, causal: bool) -> list[tuple[int, int]]:
-    """For every key of a class, the first query that sees it and the one after the last.
-
-    They are neighbors, because `spans` rise.
-    """
-    seen = spans(length, window, stride, causal)
-    firsts, ends = [first for first, _ in seen], [end for _, end in seen]
-    return [(bisect_right(ends, key), bisect_right(firsts, key)) for key in range(length)]
-
-
-def density(axes: Sequence[Axis]) -> float:
-    """Pairs of query and key that are kept, as a share of all pairs."""
-    kept = 1
-    for axis in axes:
-        kept *= sum(
-            len(residues)
-            * sum(b - a for a, b in spans(length, axis.window, axis.stride, axis.causal))
-            for length, residues in axis.classes()
-        )
-    return kept / prod(axis.length for axis in axes) ** 2
 
 
 def check_geometry(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
+from mmattn_kernels._scratch import Scratch
 
-_SCORES = 1 << 20
-"""Scores held at once: enough to keep two cores busy, few enough for the last cache (4 MiB of fp32)."""
+_SCORES = 1 << 21
+"""Scores held at once: enough to keep two cores busy, few enough for the last cache (8 MiB of fp32)."""
 _GPU_SCORES = 1 << 25
 _LEAST_ROWS = 16
 _CAUSAL_ROWS = 128
@@ -126,24 +127,41 @@ def parts(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[Part]:
                     yield Part(item, some, group, slice(start, stop), keys)
 
 
-def scores_of(q: Tensor, k: Tensor, part: Part, masking: Masking, scale: float) -> Tensor:
-    """Masked scores ``[P, G * R, keys]``; q and k already have the dtype to compute in."""
-    scores = torch.bmm(part.take(q) * scale, k[part.columns].transpose(1, 2))
-    masking.apply(part.by_head(scores), part, q.shape[2], k.shape[2])
-    return scores
+class Workspace:
+    """Memory for the scores and the probabilities of one part after the other."""
 
+    def __init__(self, like: Tensor) -> None:
+        self._scores, self._weights = Scratch(like), Scratch(like)
 
-def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and LSE of ``scores [..., K]``; rows without keys give 0 and -inf."""
-    peak = scores.amax(-1)
-    weights = torch.softmax(scores, -1)
-    # The largest probability is 1 / sum(exp(score - peak)).
-    lse = peak - weights.amax(-1).log()
-    empty = peak == float("-inf")
-    if bool(empty.any()):
-        weights.masked_fill_(empty[..., None], 0.0)
-        lse.masked_fill_(empty, float("-inf"))
-    return weights, lse
+    def scores(self, q: Tensor, k: Tensor, part: Part, masking: Masking, scale: float) -> Tensor:
+        """Masked scores ``[P, G * R, keys]``, until the next call; q and k already have the dtype to
+        compute in.
+        """
+        rows, keys = part.take(q) * scale, k[part.columns]
+        room = self._scores.take(*rows.shape[:2], part.keys)
+        scores = torch.bmm(rows, keys.transpose(1, 2), out=room)
+        masking.apply(part.by_head(scores), part, q.shape[2], k.shape[2])
+        return scores
+
+    def weights(self, scores: Tensor, lse: Tensor) -> Tensor:
+        """Probabilities of ``scores [P, n, keys]``, until the next call; 0 in rows whose LSE is -inf.
+
+        Not exp(score - LSE): beside a mask of the least finite number an LSE loses log(keys), and torch
+        finds the normaliser again in less time than it takes to subtract it.
+        """
+        weights = torch.softmax(scores, -1, out=self._weights.take(*scores.shape))
+        empty = lse == float("-inf")
+        if bool(empty.any()):
+            weights.masked_fill_(empty[..., None], 0.0)
+        return weights
+
+    def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities, until the next call, and LSE; rows without keys give 0 and -inf."""
+        peak = scores.amax(-1)
+        weights = self.weights(scores, peak)
+        # The largest probability is 1 / sum(exp(score - peak)), and 0 in a row without keys.
+        lse = torch.where(peak == float("-inf"), peak, peak - weights.amax(-1).log())
+        return weights, lse
 
 
 def lift(*tensors: Tensor) -> list[Tensor]:

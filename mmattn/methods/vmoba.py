@@ -33,10 +33,9 @@ class VMoBA(Method):
     chunks only (officially it silently runs dense); thresholds nobody can reach keep everything. The last
     two follow the official code with ``compat=True``. Text tokens, which the paper's models do not have
     in the sequence, are not chunked: as keys every query sees them, as queries they stay dense. Execution
-    is exact: on a CPU from 2048 tokens on, each chunk is multiplied with the queries
-    that chose it (one core, density 0.2, choice included: 0.8 to 2.3 times the speed of dense SDPA at 4096
-    tokens); everywhere else it is SDPA with a mask over blocks of queries, which bounds memory and saves
-    no time.
+    is exact: on a CPU from 2048 tokens on, each chunk is multiplied with the queries that chose it (one
+    core, density 0.2 to 0.25, choice included: 1.0 to 3.4 times the speed of dense SDPA at 4096 tokens);
+    everywhere else it is SDPA with a mask over blocks of queries, which bounds memory and saves no time.
 
     Args:
         temporal: frames per 1-D chunk, a fraction of a frame allowed; None: an eighth of the video,

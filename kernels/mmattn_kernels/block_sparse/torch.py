@@ -14,8 +14,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
+from mmattn_kernels._scratch import Scratch
 
-_CACHE_BYTES = 1 << 23
+_CACHE_BYTES = 1 << 22
 """Gathered keys of one batch: large enough to keep two cores busy, small enough for the last cache."""
 
 
@@ -152,6 +153,7 @@ def forward(
     out = torch.zeros_like(queries)
     lse = torch.full(queries.shape[:2], float("-inf"), dtype=state_dtype(q), device=q.device)
     token_bytes = d * q.element_size()
+    room_k, room_v = Scratch(keys), Scratch(values)
     for part in batches(
         (b, h),
         q_len,
@@ -167,12 +169,16 @@ def forward(
         rows = part.head * nq + part.block
         columns = ((part.head // group)[:, None] * nk + part.columns).flatten()
         p = len(rows)
-        some_keys = keys.index_select(0, columns).view(p, -1, d)[:, : part.tokens]
-        some_values = values.index_select(0, columns).view(p, -1, d)[:, : part.tokens]
+        some_keys, some_values = (
+            torch.index_select(x, 0, columns, out=room.take(len(columns), k_block, d)).view(
+                p, -1, d
+            )[:, : part.tokens]
+            for x, room in ((keys, room_k), (values, room_v))
+        )
         some_queries = queries.index_select(0, rows)[:, : part.rows]
         got, got_lse = dense_with_lse(some_queries, some_keys, some_values, part.mask, scale)
-        out[rows, : part.rows] = got
-        lse[rows, : part.rows] = got_lse.to(lse.dtype)
+        out[:, : part.rows].index_copy_(0, rows, got)
+        lse[:, : part.rows].index_copy_(0, rows, got_lse.to(lse.dtype))
     out = out.view(b, h, nq * q_block, d)[:, :, :q_len].contiguous()
     return out, lse.view(b, h, nq * q_block)[:, :, :q_len].contiguous()
 

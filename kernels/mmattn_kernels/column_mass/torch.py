@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
-from mmattn_kernels._row_blocks import Masking, add_to_keys, lift, parts, scores_of, softmax
+from mmattn_kernels._row_blocks import Masking, Workspace, add_to_keys, lift, parts
 
 
 def forward(
@@ -24,8 +24,9 @@ def forward(
     lse = torch.full(q.shape[:3], float("-inf"), dtype=work, device=q.device)
     mass = torch.zeros(*q.shape[:2], k.shape[2], dtype=work, device=q.device)
     query, key, value = lift(q, k, v)
+    room = Workspace(query)
     for part in parts(q, k, is_causal):
-        weights, row_lse = softmax(scores_of(query, key, part, masking, scale))
+        weights, row_lse = room.softmax(room.scores(query, key, part, masking, scale))
         part.put(lse, row_lse)
         part.put(out, torch.bmm(weights, value[part.columns]))
         seen = mass[part.item, part.heads, : part.keys]
@@ -60,9 +61,10 @@ def backward(
     dq, dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (q, k, v))
     rows = q.shape[:3] if query_weights is not None else (0,)
     dw = torch.zeros(rows, dtype=work, device=q.device)
+    room = Workspace(query)
     for part in parts(q, k, is_causal):
-        # Not exp(score - LSE): next to a mask of the least finite number an LSE loses log(keys).
-        weights, _ = softmax(scores_of(query, key, part, masking, scale))
+        scores = room.scores(query, key, part, masking, scale)
+        weights = room.weights(scores, part.take(lse))
         own = part.take(grad)
         worth = torch.bmm(own, value[part.columns].transpose(1, 2))
         line = grad_mass[part.item, part.heads, None, : part.keys]

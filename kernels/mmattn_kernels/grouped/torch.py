@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
-from mmattn_kernels._row_blocks import Masking, Part, add_to_keys, lift, parts, scores_of, softmax
+from mmattn_kernels._row_blocks import Masking, Part, Workspace, add_to_keys, lift, parts
 
 _MOST_RUNS = 64
 """Up to so many runs, multiplying run by run is cheaper than a product with the members."""
@@ -84,8 +84,9 @@ def masses(
     lse = torch.full(q.shape[:3], float("-inf"), dtype=work, device=q.device)
     found = torch.zeros(*q.shape[:3], num_groups, dtype=work, device=q.device)
     query, key = lift(q, k)
+    room = Workspace(query)
     for part in parts(q, k, is_causal):
-        weights, row_lse = softmax(scores_of(query, key, part, masking, scale))
+        weights, row_lse = room.softmax(room.scores(query, key, part, masking, scale))
         part.put(lse, row_lse)
         part.put(found, members.sums(weights, part))
     return lse, found
@@ -107,8 +108,10 @@ def masses_backward(
     members = Members.of(groups, grad_masses.shape[3], work)
     query, key = lift(q, k)
     dq, dk = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (q, k))
+    room = Workspace(query)
     for part in parts(q, k, is_causal):
-        weights, _ = softmax(scores_of(query, key, part, masking, scale))
+        scores = room.scores(query, key, part, masking, scale)
+        weights = room.weights(scores, part.take(lse))
         worth = part.take(grad_masses).to(work)
         mean = (members.sums(weights, part) * worth).sum(-1) - part.take(grad_lse)
         slope = members.multiply(weights, (worth - mean[..., None]) * scale, part)
@@ -133,10 +136,10 @@ def apply(
     members = Members.of(groups, coefficients.shape[3], work)
     query, key, value = lift(q, k, v)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    room = Workspace(query)
     for part in parts(q, k, is_causal):
-        # The LSE is what normalises these rows; torch's softmax finds it again in less time than it
-        # takes to subtract it and exponentiate.
-        weights, _ = softmax(scores_of(query, key, part, masking, scale))
+        scores = room.scores(query, key, part, masking, scale)
+        weights = room.weights(scores, part.take(lse))
         members.multiply(weights, part.take(coefficients).to(work), part)
         part.put(out, torch.bmm(weights, value[part.columns]))
     return out
@@ -161,8 +164,10 @@ def apply_backward(
     dq, dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (q, k, v))
     dc = torch.zeros(coefficients.shape, dtype=work, device=q.device)
     dl = torch.zeros(lse.shape, dtype=lse.dtype, device=q.device)
+    room = Workspace(query)
     for part in parts(q, k, is_causal):
-        weights, _ = softmax(scores_of(query, key, part, masking, scale))
+        scores = room.scores(query, key, part, masking, scale)
+        weights = room.weights(scores, part.take(lse))
         own, factors = part.take(grad), part.take(coefficients).to(work)
         slope = torch.bmm(own, value[part.columns].transpose(1, 2)).mul_(weights)
         sums = members.sums(slope, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mmattn.errors import ConflictError
@@ -18,6 +19,7 @@ def attach(
     sites: Selector | None = None,
     unsupported: str = "error",
     seed: int = 0,
+    probe: bool | int | Sequence[int] = False,
 ) -> Session:
     """Attach `methods` to `target` and return the live `Session`.
 
@@ -35,7 +37,7 @@ def attach(
         ConflictError: methods that exclude each other, or a model or scheduler that already is
             attached.
     """
-    made = plan(target, methods, sites=sites, unsupported=unsupported, seed=seed)
+    made = plan(target, methods, sites=sites, unsupported=unsupported, seed=seed, probe=probe)
     made.raise_if_empty()
     for root in made.roots:
         for site in root.sites:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from mmattn.hosts import host_for
 from mmattn.hosts.base import Host
 from mmattn.methods.base import Method
 from mmattn.registry import method_from
-from mmattn.runs import Root
+from mmattn.runs import Probe, Root
 from mmattn.sites import Selector, Site, select
 
 
@@ -35,6 +36,7 @@ class Plan:
     sites: Selector | None = None
     unsupported: str = "error"
     seed: int = 0
+    probe: Probe = False
 
     @property
     def planned(self) -> int:
@@ -129,6 +131,7 @@ def plan(
     sites: Selector | None = None,
     unsupported: str = "error",
     seed: int = 0,
+    probe: bool | int | Sequence[int] = False,
 ) -> Plan:
     """Match `methods` against the sites of `target` without changing anything.
 
@@ -141,9 +144,12 @@ def plan(
         unsupported: ``"error"`` raises at the first call a method cannot honour; ``"dense"`` runs the
             original attention there and counts it.
         seed: seed of the generators that random methods own.
+        probe: denoising steps (one index or several), or True for every call, in which sparse methods
+            also measure the share of the dense attention mass that falls on what they kept: ``recall`` in
+            the report. Costs a dense pass per site in those steps.
 
     Raises:
-        ConfigError: for an unknown method name or a bad `unsupported`.
+        ConfigError: for an unknown method name, a bad `unsupported`, or a `probe` that no method answers.
         SelectorError: when a selector matches nothing.
         ConflictError: when two methods that replace attention want the same site.
     """
@@ -172,9 +178,25 @@ def plan(
         picked = [site for root in roots for site in root.sites]
         picked = select(picked, sites) if picked or sites is not None else picked
     rows = [_row(site, chosen, host.name, explicit=sites is not None) for site in picked]
-    result = Plan(target, host, roots, chosen, rows, sites, unsupported, seed)
+    result = Plan(target, host, roots, chosen, rows, sites, unsupported, seed, _probe(probe, chosen))
     _check_conflicts(result)
     return result
+
+
+def _probe(probe: bool | int | Sequence[int], methods: tuple[Method, ...]) -> Probe:
+    if probe is False:
+        return False
+    if not any(method.probes for method in methods):
+        raise ConfigError(
+            f"probe={probe!r}: none of {[m.name for m in methods]} measures what it leaves out; sparse "
+            "attention methods do"
+        )
+    if probe is True:
+        return True
+    steps = (probe,) if isinstance(probe, int) else tuple(probe)
+    if not steps or not all(type(s) is int and s >= 0 for s in steps):
+        raise ConfigError(f"probe is True or indices of denoising steps from 0 on, got {probe!r}")
+    return steps
 
 
 def _row(site: Site, methods: tuple[Method, ...], host: str, *, explicit: bool) -> PlanRow:

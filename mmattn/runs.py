@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from mmattn.clock import StepClock
-from mmattn.errors import SeamNotReached
+from mmattn.errors import ConfigError, SeamNotReached
 from mmattn.layout import Layout
 from mmattn.methods.base import Method
 from mmattn.sites import Site
 
 LayoutReader = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Layout | None]
+
+Probe = bool | tuple[int, ...]
+"""Where methods measure what they leave out: nowhere, in every call, or in these denoising steps."""
 
 
 @dataclass
@@ -43,10 +46,16 @@ class Run:
     """State shared by the sites of one root: layout, branch, method phases, per-site memory."""
 
     def __init__(
-        self, root: Root, methods: Sequence[Method], clock: StepClock, unsupported: str, seed: int
+        self,
+        root: Root,
+        methods: Sequence[Method],
+        clock: StepClock,
+        unsupported: str,
+        seed: int,
+        probe: Probe = False,
     ) -> None:
         self.root, self.methods, self.clock = root, tuple(methods), clock
-        self.unsupported, self.seed = unsupported, seed
+        self.unsupported, self.seed, self.probe = unsupported, seed, probe
         self.enabled = True
         self.installed = False
         self.layout: Layout | None = None
@@ -73,6 +82,30 @@ class Run:
         self.timed = clock.running
         for slot, method in enumerate(self.methods):
             self.phases[slot] = method.phase(clock.index, clock.total)
+
+    @property
+    def step(self) -> int | None:
+        """Index of the denoising step that is running, or None outside a run."""
+        return self.clock.index if self.timed else None
+
+    @property
+    def probing(self) -> bool:
+        """Whether this call is one of those where methods measure what they leave out.
+
+        Raises:
+            ConfigError: when steps were named and no run is in progress.
+        """
+        if self.probe is False or torch.compiler.is_compiling():
+            return False
+        if self.probe is True:
+            return True
+        if not self.timed:
+            raise ConfigError(
+                f"probe={list(self.probe)} names denoising steps, but no step clock is running. Attach "
+                "to a pipeline with a scheduler, call session.step(index, total) in your own loop, or "
+                "pass probe=True to measure in every call."
+            )
+        return self.step in self.probe
 
     def clear(self) -> None:
         """Forget what methods remembered; a new run starts."""

@@ -57,7 +57,7 @@ class Session:
         rows = {id(row.site): row for row in plan.rows}
         seams = {seam for method in plan.methods for seam in method.seams}
         for root in plan.roots:
-            run = Run(root, plan.methods, self.clock, plan.unsupported, plan.seed)
+            run = Run(root, plan.methods, self.clock, plan.unsupported, plan.seed, plan.probe)
             for site in root.sites:
                 row = rows.get(id(site))
                 if row is not None and row.methods:

@@ -94,9 +94,14 @@ class Site:
         assert self.run is not None
         return self.run.generator_of(self, device)
 
+    @property
+    def probing(self) -> bool:
+        """True in the denoising steps where the session was asked to measure what is left out."""
+        return self.run is not None and self.run.probing
+
     def note(self, name: str, value: float | torch.Tensor) -> None:
-        """Add a number to the report (``density``, ``kept``, ``of``); averaged over calls."""
-        self.meter.add(name, value)
+        """Add a number to the report (``density``, ``recall``, ``kept``, ``of``); averaged over calls."""
+        self.meter.add(name, value, self.run.step if self.run is not None else None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -120,6 +125,7 @@ class Meter:
         self.nanoseconds = 0
         self.sums: dict[str, torch.Tensor | float] = {}
         self.counts: dict[str, int] = {}
+        self.steps: dict[str, dict[int, list[Any]]] = {}
         self.dense: dict[str, int] = {}
 
     def place(self, device: torch.device) -> None:
@@ -136,14 +142,18 @@ class Meter:
         else:
             self.calls += 1
 
-    def add(self, name: str, value: float | torch.Tensor) -> None:
-        """Add to a running mean. Inside a compiled graph only call counts are kept."""
+    def add(self, name: str, value: float | torch.Tensor, step: int | None = None) -> None:
+        """Add to a running mean, and to that of the denoising step. Compiled graphs only count calls."""
         if torch.compiler.is_compiling():
             return
         if isinstance(value, torch.Tensor):
             value = value.detach().float().mean()
         self.sums[name] = self.sums.get(name, 0.0) + value
         self.counts[name] = self.counts.get(name, 0) + 1
+        if step is not None:
+            entry = self.steps.setdefault(name, {}).setdefault(step, [0.0, 0])
+            entry[0] = entry[0] + value
+            entry[1] += 1
 
     def fell_back(self, reason: str) -> None:
         """The original attention ran for a call the method could not, or chose not to, handle."""
@@ -155,6 +165,10 @@ class Meter:
         if not self.counts.get(name):
             return None
         return float(self.sums[name]) / self.counts[name]
+
+    def by_step(self, name: str) -> dict[int, float]:
+        """Mean of what was added under `name` in each denoising step."""
+        return {s: float(total) / n for s, (total, n) in sorted(self.steps.get(name, {}).items())}
 
     @property
     def total_calls(self) -> int:

@@ -40,6 +40,7 @@ class Method:
         masks, causal, grouped: whether `attend` honours a mask tensor, `site.causal`, and key/value
             tensors with fewer heads than the query. Where False the session raises `UnsupportedCall`
             (mask, causal) or repeats the key/value heads (grouped) before calling.
+        probes: whether `attend` notes ``recall`` while ``site.probing``.
         opaque: whether `attend` copes with a `seams.Opaque` in place of the mask.
     """
 
@@ -55,6 +56,7 @@ class Method:
     causal: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
     opaque: ClassVar[bool] = False
+    probes: ClassVar[bool] = False
 
     @property
     def passive(self) -> bool:

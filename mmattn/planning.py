@@ -178,7 +178,9 @@ def plan(
         picked = [site for root in roots for site in root.sites]
         picked = select(picked, sites) if picked or sites is not None else picked
     rows = [_row(site, chosen, host.name, explicit=sites is not None) for site in picked]
-    result = Plan(target, host, roots, chosen, rows, sites, unsupported, seed, _probe(probe, chosen))
+    result = Plan(
+        target, host, roots, chosen, rows, sites, unsupported, seed, _probe(probe, chosen)
+    )
     _check_conflicts(result)
     return result
 

@@ -103,6 +103,10 @@ class Site:
         """Add a number to the report (``density``, ``recall``, ``kept``, ``of``); averaged over calls."""
         self.meter.add(name, value, self.run.step if self.run is not None else None)
 
+    def remark(self, text: str) -> None:
+        """Add a sentence to the report, once, about what the method made of this call."""
+        self.meter.remark(text)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
 
@@ -127,6 +131,7 @@ class Meter:
         self.counts: dict[str, int] = {}
         self.steps: dict[str, dict[int, list[Any]]] = {}
         self.dense: dict[str, int] = {}
+        self.remarks: dict[str, int] = {}
 
     def place(self, device: torch.device) -> None:
         """Count compiled calls on the device of the module, so that CUDA graphs stay possible."""
@@ -159,6 +164,11 @@ class Meter:
         """The original attention ran for a call the method could not, or chose not to, handle."""
         if not torch.compiler.is_compiling():
             self.dense[reason] = self.dense.get(reason, 0) + 1
+
+    def remark(self, text: str) -> None:
+        """Count a sentence for the report."""
+        if not torch.compiler.is_compiling():
+            self.remarks[text] = self.remarks.get(text, 0) + 1
 
     def mean(self, name: str) -> float | None:
         """Mean of what was added under `name`, or None."""

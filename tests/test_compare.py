@@ -322,10 +322,10 @@ def test_broken_text_is_not_a_good_caption():
 
 
 def test_columns_are_parsed():
-    chosen = variants.parse("vmoba:threshold=0.3,spatial=[2,3]+identity")
+    chosen = variants.parse("vmoba:threshold=0.3,chunks=[1,[2,3],[1,2,3]]+identity")
     vmoba, identity = chosen.methods
-    assert vmoba.threshold == 0.3 and vmoba.spatial == (2, 3) and identity == Identity()
-    assert chosen.label == "vmoba spatial=(2,3) threshold=0.3 + identity"
+    assert vmoba.threshold == 0.3 and vmoba.chunks == (1, (2, 3), (1, 2, 3)) and identity == Identity()
+    assert chosen.label == "vmoba threshold=0.3 chunks=(1,(2,3),(1,2,3)) + identity"
     assert variants.parse('{"name": "tome", "r": 8}').label == "tome r=8"
     assert variants.parse("tome:ratio=2.5e-1").methods[0].ratio == 0.25
     exponent, plus = variants.parse("agent-attention:k_scale2=5e+0,agents=16+identity").methods

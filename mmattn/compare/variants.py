@@ -16,7 +16,7 @@ DEFAULTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"name": "agent-attention", "agents": 16, "start": 0.75},
         {"name": "agent-attention", "agents": 16},
     ),
-    "t2v": ({"name": "vmoba", "pool": "query_head", "select": "topk"},),
+    "t2v": ({"name": "vmoba"},),
     "vlm": ({"name": "hiprune", "keep": 32}, {"name": "random-prune", "keep": 32}, {"name": "vhr"}),
     "vit": ({"name": "tome", "r": 8}, {"name": "agent-attention", "agents": 16}),
 }

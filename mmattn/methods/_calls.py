@@ -92,6 +92,15 @@ def around(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+def run_dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, site: Site, dense: Dense, reason: str
+) -> torch.Tensor:
+    """The original attention, counted with its reason and as density 1."""
+    site.meter.fell_back(reason)
+    site.note("density", 1.0)
+    return dense(q, k, v)
+
+
 def no_clock(name: str, setting: str, off: str) -> ConfigError:
     """The error of a method that needs the denoising step and cannot know it."""
     return ConfigError(

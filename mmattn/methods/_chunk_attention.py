@@ -1,12 +1,14 @@
-"""Attention over chosen chunks: masked blocks of queries, or queries gathered per chunk."""
+"""Attention over chosen chunks: routed, or for short sequences on a CPU with a token mask."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from mmattn_kernels import routed_attention
+from mmattn_kernels import attention_with_column_mass, routed_attention
+from torch import Tensor
 
 from mmattn.methods._calls import mask_rows, masked_like
+from mmattn.methods._image_attention import Part
 
 _MASK_ENTRIES = 1 << 24
 """Largest token mask built at once (entries over batch, heads, queries and keys)."""
@@ -15,70 +17,39 @@ _GATHER_FROM = 2048
 """Image tokens from which gathering pays on a CPU; below, its many small products cost more than a mask."""
 
 
-def attend_chunks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    chosen: torch.Tensor,
-    ids: torch.Tensor,
-    image: slice,
-    given: torch.Tensor | None,
-    scale: float | None,
-) -> torch.Tensor:
-    """Image queries ``[B, H, S, D]`` over the chunks they chose and over all keys outside `image`.
+def attend_chunks(part: Part, chosen: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Image queries over the chunks they chose and over all text; output and LSE.
 
     Args:
-        k, v: ``[B, H, K, D]``, image tokens at `image`.
-        chosen: bool ``[B, H, S, C]``.
+        chosen: bool ``[b, H, S, C]``.
         ids: chunk of every image token, ``[S]``.
-        given: mask of the call for these queries, ``[B or 1, H or 1, S or 1, K]``, or None.
     """
-    # Gathering needs shapes that depend on the data, and small matrix products: right for a CPU only.
-    gather = q.device.type == "cpu" and given is None and not torch.compiler.is_compiling()
-    gather = gather and q.shape[2] >= _GATHER_FROM
-    if gather:
-        return routed(q, k, v, chosen, ids, image, scale)
-    return masked(q, k, v, chosen, ids, image, given, scale)
+    short = part.q.device.type == "cpu" and part.q.shape[2] < _GATHER_FROM
+    if short or part.mask is not None:
+        return masked(part, chosen, ids)
+    keys = F.pad(ids, (part.text, 0), value=-1)
+    found = routed_attention(
+        part.q, part.k, part.v, keys, chosen, scale=part.scale, return_lse=True
+    )
+    assert isinstance(found, tuple)
+    return found
 
 
-def masked(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    chosen: torch.Tensor,
-    ids: torch.Tensor,
-    image: slice,
-    given: torch.Tensor | None,
-    scale: float | None,
-) -> torch.Tensor:
+def masked(part: Part, chosen: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     """SDPA with the choice spelled out as a token mask, for a bounded block of queries at a time."""
-    b, h, s, _ = q.shape
-    total = k.shape[2]
-    step = max(1, _MASK_ENTRIES // (b * h * total))
-    parts = []
+    b, h, s, _ = part.q.shape
+    step = max(1, _MASK_ENTRIES // (b * h * part.k.shape[2]))
+    outs, lses = [], []
     for start in range(0, s, step):
-        block = slice(start, min(start + step, s))
-        allowed = chosen[:, :, block].index_select(3, ids)
-        allowed = F.pad(allowed, (image.start, total - image.stop), value=True)
-        mask = masked_like(allowed, mask_rows(given, block), q.dtype)
-        parts.append(
-            F.scaled_dot_product_attention(q[:, :, block], k, v, attn_mask=mask, scale=scale)
-        )
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def routed(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    chosen: torch.Tensor,
-    ids: torch.Tensor,
-    image: slice,
-    scale: float | None,
-) -> torch.Tensor:
-    """`mmattn_kernels.routed_attention`, with keys outside `image` visible to all."""
-    everyone = torch.full((k.shape[2],), -1, dtype=ids.dtype, device=ids.device)
-    everyone[image] = ids
-    out = routed_attention(q, k, v, everyone, chosen, scale=scale)
-    assert isinstance(out, torch.Tensor)
-    return out
+        rows = slice(start, min(start + step, s))
+        allowed = chosen[:, :, rows].index_select(3, ids)
+        allowed = F.pad(allowed, (part.text, 0), value=True)
+        mask = masked_like(allowed, mask_rows(part.mask, rows), part.q.dtype)
+        call = (part.q[:, :, rows], part.k, part.v)
+        if part.want_lse:
+            out, lse, _ = attention_with_column_mass(*call, mask=mask, scale=part.scale)
+            lses.append(lse)
+        else:
+            out = F.scaled_dot_product_attention(*call, attn_mask=mask, scale=part.scale)
+        outs.append(out)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if lses else None

@@ -22,11 +22,13 @@ from mmattn.sites import Site
 
 
 class Part(NamedTuple):
-    """Some rows of the batch, ready for sparse attention: no mask, text keys first.
+    """Some rows of the batch, ready for sparse attention: text keys first, padding taken out.
 
     Shapes:
         ``q [b, H, S, D]`` image queries in row-major order of `grid`; ``k, v [b, H, text + S, D]``:
         `text` keys that everybody sees, then the image keys in the same order as the queries.
+        `mask`, broadcastable to ``[b, H, S, text + S]``, is None unless the method `takes_masks` and the
+        mask does more than hide text, or cannot be read because a graph is being traced.
     """
 
     q: Tensor
@@ -38,6 +40,7 @@ class Part(NamedTuple):
     want_lse: bool
     rows: slice
     site: Site
+    mask: Tensor | None = None
 
     @property
     def image_keys(self) -> Tensor:
@@ -70,8 +73,9 @@ def image_attention(
     scale: float | None,
     site: Site,
     dense: Dense,
+    takes_masks: bool = False,
 ) -> Tensor:
-    """Run `attend` on the image tokens of a call and notes its density; ``[B, H, Q, D]``.
+    """Run `attend` on the image tokens of a call and note its density; ``[B, H, Q, D]``.
 
     Rows of the batch with different text padding are run one after the other, so a row's result never
     depends on the others.
@@ -81,7 +85,15 @@ def image_attention(
             weighs keys, differs between image queries, or cannot be read because a graph is traced.
     """
     grid, image, image_keys = image_tokens(site, q.shape[2], k.shape[2])
-    groups = _groups(mask_rows(mask, image), image_keys, k.shape[2], q.shape[0], q.device)
+    given, kept = mask_rows(mask, image), None
+    try:
+        groups = _groups(given, image_keys, k.shape[2], q.shape[0], q.device)
+    except UnsupportedCall:
+        if not takes_masks:
+            raise
+        assert given is not None
+        kept = _text_first(given.transpose(2, 3), image_keys, None).transpose(2, 3)
+        groups = _groups(None, image_keys, k.shape[2], q.shape[0], q.device)
     parts, probing = [], site.probing
     pairs, inside = q.shape[2] * k.shape[2], (image.stop - image.start) ** 2
     for rows, text in groups:
@@ -95,13 +107,14 @@ def image_attention(
             probing,
             rows,
             site,
+            kept,
         )
         found = attend(part)
         parts.append(found.out)
         site.note("density", (found.density * inside + pairs - inside) / pairs)
         if probing:
             assert found.lse is not None
-            note_recall(site, found.lse, part.q, part.k, part.v, scale=scale)
+            note_recall(site, found.lse, part.q, part.k, part.v, mask=kept, scale=scale)
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return around(out, q, k, v, image, mask, dense)
 
@@ -131,7 +144,9 @@ def _groups(
     if bool(seen.all()):
         return whole
     if not bool(seen[:, image].all()):
-        raise UnsupportedCall("The attention mask hides image tokens; only text can be masked here.")
+        raise UnsupportedCall(
+            "The attention mask hides image tokens; only text can be masked here."
+        )
     outside = torch.cat(
         [torch.arange(image.start, device=device), torch.arange(image.stop, keys, device=device)]
     )

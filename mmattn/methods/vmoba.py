@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
+from mmattn.errors import UnsupportedCall
 from mmattn.layout import Grid
-from mmattn.methods import _vmoba_select as chunks
-from mmattn.methods._calls import around, image_tokens, mask_rows, no_clock
+from mmattn.methods import _vmoba_select as select
+from mmattn.methods._calls import image_tokens, no_clock, run_dense
 from mmattn.methods._chunk_attention import attend_chunks
+from mmattn.methods._image_attention import Part, Sparse, image_attention
+from mmattn.methods._warmup import check_dense_steps, is_sparse
 from mmattn.methods.base import Dense, Method, require
 from mmattn.sites import Site
 
+Chunks = tuple[float, tuple[int, int], tuple[int, int, int]]
+"""Frames of a 1-D chunk, rows and columns of a 2-D chunk, and frames, rows and columns of a 3-D chunk."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class VMoBA(Method):
     """Block-sparse attention whose chunks are runs of frames, windows and cuboids in turn.
 
@@ -24,45 +30,44 @@ class VMoBA(Method):
     key, keeps its own chunk, and adds others: the `topk` best, or the fewest that reach `threshold`.
     "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", arXiv 2506.23858.
 
-    The paper's training-free numbers use ``pool="query_head", select="topk"``; its full method,
-    ``head_global`` with ``threshold=0.25``, was fine-tuned and makes videos tremble without training.
-    The authors see a gain only above some 33 000 tokens. Compared with dense attention and, in the
-    tests, with random chunks of equal density.
+    The paper's training-free numbers use ``kind="query"`` with `topk` (`wan_480p`, `wan_720p`); its full
+    method, ``kind="head"`` with ``threshold=0.25`` (`train_576p`, `train_480p`), was fine-tuned and makes
+    videos tremble without training. The authors see a gain only above some 33 000 tokens. Compared with
+    dense attention and, in the tests and in docs/video.md, with random choices of equal density.
 
     Deviations: pools are taken per batch item, so CFG in one batch equals two calls; ``topk=1`` means own
-    chunks only (officially it silently runs dense); thresholds nobody can reach keep everything. The last
-    two follow the official code with ``compat=True``. Text tokens, which the paper's models do not have
-    in the sequence, are not chunked: as keys every query sees them, as queries they stay dense. Execution
-    is exact: on a CPU from 2048 tokens on, each chunk is multiplied with the queries that chose it (one
-    core, density 0.2 to 0.25, choice included: 1.0 to 3.4 times the speed of dense SDPA at 4096 tokens);
-    everywhere else it is SDPA with a mask over blocks of queries, which bounds memory and saves no time.
+    chunks only (officially it silently runs dense); thresholds nobody can reach keep everything; boxes
+    that do not divide the grid leave smaller chunks at its far sides, which the report mentions
+    (officially an assertion). ``compat=True`` follows the official code in all four. Text tokens, which
+    the paper's models do not have in the sequence, are not chunked: as keys every query sees them, as
+    queries they stay dense, and padded text is taken out. Execution is exact, by `routed_attention`; on
+    a CPU below 2048 tokens a mask is faster and takes its place. Gradients flow through the attention
+    and not through the choice.
 
     Args:
-        temporal: frames per 1-D chunk, a fraction of a frame allowed; None: an eighth of the video,
-            rounded up to whole frames (rows for an image). The last chunk may be shorter.
-        spatial: rows and columns of a 2-D chunk; must divide the grid. None: the smallest divisors that
-            cut each axis into at most 8.
-        cuboid: frames, rows and columns of a 3-D chunk; must divide the grid. None: at most 3 pieces in
-            time and 6 along rows and columns.
-        select: ``"topk"`` or ``"threshold"``; None follows whichever value is given, threshold otherwise.
-        pool: over what chunks compete: ``query_head``, ``head_global``, ``overall``, or ``block``
-            (threshold only).
-        topk: chunks per query, own included, one number or one per pattern (1-D, 2-D, 3-D); None:
-            a quarter of the chunks, rounded up, which is the paper's 2/6/18 of 7/24/72. As many as there
-            are chunks, or more, is dense attention (bitwise).
-        threshold: share of min-max-normalised similarity to reach; None: 0.25. Above 1 it is dense
-            attention (bitwise).
-        dense_share: first share of the steps that run dense, ``step < floor(dense_share * total)``;
-            0 needs no clock.
+        topk: chunks per query, own included, one number or one per pattern (1-D, 2-D, 3-D). As many as
+            there are chunks, or more, is dense attention (bitwise). With neither `topk` nor `threshold`
+            it is a quarter of the chunks, rounded up: the paper's 2/6/18 of 7/24/72.
+        threshold: share of min-max-normalised similarity to reach. Above 1 it is dense attention
+            (bitwise).
+        kind: over what chunks compete: ``query`` (each query of each head by itself), ``head``,
+            ``overall``, or ``block`` (threshold only).
+        chunks: ``(frames, (rows, columns), (frames, rows, columns))`` of the 1-D, 2-D and 3-D chunks, in
+            tokens. The first may be a fraction of a frame. None derives them from the grid: about eight
+            runs of frames, windows cut from each axis at most eight times, cuboids at most three times
+            in time and six along rows and columns.
+        dense_steps: first steps that run dense: a share of the run as a float (0.25 of 50 are 12), or a
+            number of steps as an int; 0 needs no clock.
         dense_layers: first layers that run dense; they still count in the 1-D/2-D/3-D cycle.
-        compat: reproduce two quirks of the official code (above); for oracle tests.
+        compat: follow the official code where it differs (above); for oracle tests.
 
     Shapes:
         ``q, k, v [B, H, N, D]``; gate and choice ``[B, H, S, C]`` for S image tokens and C chunks.
 
     Raises:
-        UnsupportedCall: no grid, a box that does not divide it, or queries that are not the keys' tokens.
-        ConfigError: contradicting knobs, or `dense_share` without a step clock.
+        UnsupportedCall: no grid, queries that are not the keys' tokens, a mask that hides image tokens,
+            or with `compat` a box that does not divide the grid.
+        ConfigError: contradicting knobs, or `dense_steps` without a step clock.
     """
 
     name: ClassVar[str] = "vmoba"
@@ -72,68 +77,68 @@ class VMoBA(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})
     paper: ClassVar[str] = "VMoBA, arXiv 2506.23858"
     masks: ClassVar[bool] = True
+    probes: ClassVar[bool] = True
 
-    temporal: float | None = None
-    spatial: tuple[int, int] | None = None
-    cuboid: tuple[int, int, int] | None = None
-    select: str | None = None
-    pool: str = "head_global"
     topk: int | tuple[int, int, int] | None = None
     threshold: float | None = None
-    dense_share: float = 0.25
+    kind: str = "query"
+    chunks: Chunks | None = None
+    dense_steps: float = 0.25
     dense_layers: int = 0
     compat: bool = False
 
     def __post_init__(self) -> None:
         """Check the knobs."""
+        if isinstance(self.topk, list):
+            object.__setattr__(self, "topk", tuple(self.topk))
         require(
-            self.select in (None, "topk", "threshold"),
-            f"select is 'topk' or 'threshold', got {self.select!r}",
+            self.topk is None or self.threshold is None,
+            f"give topk or threshold, not both (got {self.topk} and {self.threshold})",
         )
-        given = [n for n in ("topk", "threshold") if getattr(self, n) is not None]
+        require(self.kind in select.KINDS, f"kind is one of {select.KINDS}, got {self.kind!r}")
         require(
-            not given or given == [self.select or given[0]],
-            f"select={self.select!r} contradicts the values given for {given}; give the one you want",
-        )
-        require(self.pool in chunks.POOLS, f"pool is one of {chunks.POOLS}, got {self.pool!r}")
-        require(
-            self.pool != "block" or self.selection == "threshold",
-            "pool='block' exists only with select='threshold'",
+            self.kind != "block" or self.threshold is not None,
+            "kind='block' exists only with a threshold",
         )
         ks = self.topk if isinstance(self.topk, tuple) else (self.topk,) * 3
         require(
-            len(ks) == 3 and all(k is None or k >= 1 for k in ks),
+            len(ks) == 3 and all(k is None or (isinstance(k, int) and k >= 1) for k in ks),
             f"topk is a number >= 1 or three of them, got {self.topk!r}",
         )
         require(
             self.threshold is None or self.threshold >= 0,
             f"threshold must not be negative, got {self.threshold}",
         )
-        for knob, count in (("spatial", 2), ("cuboid", 3)):
-            box = getattr(self, knob)
-            require(
-                box is None or (len(box) == count and all(e >= 1 for e in box)),
-                f"{knob} is {count} positive sizes, got {box!r}",
-            )
-        require(
-            self.temporal is None or self.temporal > 0,
-            f"temporal must be positive, got {self.temporal}",
-        )
-        require(0 <= self.dense_share <= 1, f"dense_share lies in [0, 1], got {self.dense_share}")
+        if self.chunks is not None:
+            object.__setattr__(self, "chunks", _chunks(self.chunks))
+        check_dense_steps(self.dense_steps)
         require(self.dense_layers >= 0, f"dense_layers must be >= 0, got {self.dense_layers}")
 
-    @property
-    def selection(self) -> str:
-        """``topk`` or ``threshold``, after `select` is resolved."""
-        return self.select or ("topk" if self.topk is not None else "threshold")
+    @classmethod
+    def wan_480p(cls, **changes: Any) -> Self:
+        """The paper's training-free setting for Wan 2.1 at 81 x 480 x 832 (grid 21 x 30 x 52)."""
+        return cls(**{"topk": (2, 6, 18), "chunks": (3, (5, 13), (7, 5, 13)), **changes})
+
+    @classmethod
+    def wan_720p(cls, **changes: Any) -> Self:
+        """The paper's training-free setting for Wan 2.1 at 81 x 720 x 1280 (grid 21 x 45 x 80)."""
+        return cls(**{"topk": (2, 10, 9), "chunks": (3, (9, 10), (7, 15, 20)), **changes})
+
+    @classmethod
+    def train_576p(cls, **changes: Any) -> Self:
+        """The paper's fine-tuning setting at 93 x 576 x 1024 (grid 24 x 36 x 64), sparse in every step."""
+        knobs = {"threshold": 0.25, "kind": "head", "dense_steps": 0}
+        return cls(**{**knobs, "chunks": (3, (6, 8), (8, 12, 8)), **changes})
+
+    @classmethod
+    def train_480p(cls, **changes: Any) -> Self:
+        """The paper's fine-tuning setting at 141 x 480 x 832 (grid 36 x 30 x 52), sparse in every step."""
+        knobs = {"threshold": 0.25, "kind": "head", "dense_steps": 0}
+        return cls(**{**knobs, "chunks": (3, (5, 13), (12, 10, 13)), **changes})
 
     def phase(self, step: int | None, total: int | None) -> bool | None:
         """True in the sparse steps, False in the dense first ones."""
-        if self.dense_share == 0:
-            return True
-        if step is None or total is None:
-            return None
-        return step >= int(self.dense_share * total + 1e-9)
+        return is_sparse(self.dense_steps, step, total)
 
     def role(self, site: Site) -> int | None:
         """0, 1 or 2 for 1-D, 2-D or 3-D chunks; None for the first layers that stay dense."""
@@ -152,39 +157,59 @@ class VMoBA(Method):
     ) -> torch.Tensor:
         """Sparse attention for image queries, dense attention for text queries."""
         if site.phase is None:
-            raise no_clock(self.name, f"dense_share={self.dense_share}", "dense_share=0")
+            raise no_clock(self.name, f"dense_steps={self.dense_steps}", "dense_steps=0")
+        reason = None
         if not site.phase:
-            return self._dense(q, k, v, site, dense, "one of the first steps (dense_share)")
-        if site.role is None:
-            return self._dense(q, k, v, site, dense, "one of the first layers (dense_layers)")
-        pattern = int(site.role)
-        grid, image, image_keys = image_tokens(site, q.shape[2], k.shape[2])
-        chunk = self.chunk(pattern, grid)
-        count = chunks.count_chunks(grid, chunk)
-        if self._keeps_all(pattern, count):
-            return self._dense(q, k, v, site, dense, "the settings keep every chunk")
-
-        ids = chunks.chunk_ids(grid, chunk, q.device)
-        own = ids[:, None] == torch.arange(count, device=q.device)
-        chosen = self.choose(q[:, :, image], k[:, :, image_keys], own, pattern)
-        pairs, inside = q.shape[2] * k.shape[2], ids.shape[0] ** 2
-        kept = chunks.density_of(chosen, own.sum(0)) * inside
-        site.note("density", (kept + pairs - inside) / pairs)
-
-        out = attend_chunks(
-            q[:, :, image], k, v, chosen, ids, image_keys, mask_rows(mask, image), scale
+            reason = "one of the first steps (dense_steps)"
+        elif site.role is None:
+            reason = "one of the first layers (dense_layers)"
+        else:
+            grid, _, _ = image_tokens(site, q.shape[2], k.shape[2])
+            chunk = self.chunk(int(site.role), grid)
+            if self._keeps_all(int(site.role), select.count_chunks(grid, chunk)):
+                reason = "the settings keep every chunk"
+        if reason is not None:
+            return run_dense(q, k, v, site=site, dense=dense, reason=reason)
+        return image_attention(
+            self._sparse,
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=scale,
+            site=site,
+            dense=dense,
+            takes_masks=True,
         )
-        return around(out, q, k, v, image, mask, dense)
+
+    def _sparse(self, part: Part) -> Sparse:
+        assert part.site.role is not None
+        pattern = int(part.site.role)
+        chunk = self.chunk(pattern, part.grid)
+        count = select.count_chunks(part.grid, chunk)
+        if select.uneven(part.grid, chunk):
+            if self.compat:
+                raise UnsupportedCall(
+                    f"VMoBA chunks of {chunk} do not divide the token grid {part.grid}, which the "
+                    "official code requires; choose other `chunks`, or compat=False."
+                )
+            part.site.remark(
+                f"chunks of {chunk} do not divide the grid {part.grid}; those at its far sides are smaller"
+            )
+        ids = select.chunk_ids(part.grid, chunk, part.q.device)
+        own = ids[:, None] == torch.arange(count, device=ids.device)
+        chosen = self.choose(part.q, part.image_keys, own, pattern)
+        out, lse = attend_chunks(part, chosen, ids)
+        return Sparse(out, select.density_of(chosen, own.sum(0)), lse)
 
     def chunk(self, pattern: int, grid: Grid) -> Grid | int:
         """The chunk of layer pattern 0 (1-D), 1 (2-D) or 2 (3-D): a box, or a number of tokens."""
-        return chunks.cuboid_of(
-            pattern,
-            grid,
-            chunks.default_temporal(grid) if self.temporal is None else self.temporal,
-            chunks.default_spatial(grid) if self.spatial is None else self.spatial,
-            chunks.default_cuboid(grid) if self.cuboid is None else self.cuboid,
+        temporal, spatial, cuboid = self.chunks or (
+            select.default_temporal(grid),
+            select.default_spatial(grid),
+            select.default_cuboid(grid),
         )
+        return select.chunk_of(pattern, grid, temporal, spatial, cuboid)
 
     def choose(
         self, q: torch.Tensor, k: torch.Tensor, own: torch.Tensor, pattern: int
@@ -196,12 +221,19 @@ class VMoBA(Method):
             own: bool ``[S, C]``, True where the token is in the chunk.
             pattern: 0, 1 or 2 for 1-D, 2-D or 3-D chunks.
         """
-        scores = chunks.gate(q, k, own.float())
-        if self.selection == "topk":
-            k_chunks = self._k(pattern, own.shape[1])
-            return chunks.choose_topk(scores, own, self.pool, k_chunks)
-        threshold = 0.25 if self.threshold is None else self.threshold
-        return chunks.choose_threshold(scores, own, self.pool, threshold, compat=self.compat)
+        gate = select.gate(q, k, own)
+        shape, batch = gate.shape, gate.shape[0]
+        if self.compat and self.kind in ("head", "overall"):
+            gate, own = select.as_one_sequence(gate, own)
+        if self.threshold is None:
+            chosen = select.choose_topk(gate, own, self.kind, self._k(pattern, own.shape[1]))
+        else:
+            chosen = select.choose_threshold(
+                gate, own, self.kind, self.threshold, compat=self.compat
+            )
+        if chosen.shape != shape:
+            chosen = chosen.view(shape[1], batch, *shape[2:]).transpose(0, 1)
+        return chosen
 
     def _k(self, pattern: int, count: int) -> int:
         if self.topk is None:
@@ -211,21 +243,24 @@ class VMoBA(Method):
     def _keeps_all(self, pattern: int, count: int) -> bool:
         if count == 1:
             return True
-        if self.selection == "topk":
+        if self.threshold is None:
             k = self._k(pattern, count)
-            return k >= count or (self.compat and k == 1 and self.pool == "query_head")
-        buggy = self.compat and self.pool in ("query_head", "block")
-        return self.threshold is not None and self.threshold > 1 and not buggy
+            return k >= count or (self.compat and k == 1)
+        buggy = self.compat and self.kind in ("query", "block")
+        return self.threshold > 1 and not buggy
 
-    def _dense(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        site: Site,
-        dense: Dense,
-        reason: str,
-    ) -> torch.Tensor:
-        site.meter.fell_back(reason)
-        site.note("density", 1.0)
-        return dense(q, k, v)
+
+def _chunks(given: Any) -> Chunks:
+    try:
+        temporal, spatial, cuboid = given
+        sizes = (*spatial, *cuboid)
+        fits = len(spatial) == 2 and len(cuboid) == 3
+        fits = fits and temporal > 0 and all(isinstance(n, int) and n >= 1 for n in sizes)
+    except (TypeError, ValueError):
+        fits = False
+    require(
+        fits,
+        "chunks is (frames, (rows, columns), (frames, rows, columns)), such as (3, (5, 13), (7, 5, 13)), "
+        f"got {given!r}",
+    )
+    return temporal, tuple(spatial), tuple(cuboid)

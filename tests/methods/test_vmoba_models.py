@@ -1,5 +1,7 @@
 """VMoBA in a Wan and a Flux: density per layer, guidance, dense steps and layers, compilation."""
 
+import json
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
@@ -39,7 +41,7 @@ def test_wan_cycles_chunks_counts_density_and_detaches_bitwise():
     model, x = wan(), wan_inputs()
     before = model(**x).sample
     state = torch.get_rng_state()
-    with mmattn.attach(model, VMoBA(topk=2, pool="query_head", dense_share=0)) as session:
+    with mmattn.attach(model, VMoBA(topk=2, dense_steps=0)) as session:
         out = model(**x).sample
         stats = session.stats
     assert torch.equal(torch.get_rng_state(), state)
@@ -55,7 +57,7 @@ def test_wan_cycles_chunks_counts_density_and_detaches_bitwise():
 def test_cfg_batch_equals_two_calls():
     model = wan()
     x = wan_inputs(2)
-    with mmattn.attach(model, VMoBA(dense_share=0)) as session:
+    with mmattn.attach(model, VMoBA(dense_steps=0)) as session:
         both = model(**x).sample
         alone = [model(**{k: v[i : i + 1] for k, v in x.items()}).sample for i in range(2)]
         assert session.stats.density < 0.6
@@ -66,7 +68,7 @@ def test_cfg_batch_equals_two_calls():
 def test_dense_first_quarter_follows_the_clock_and_needs_one():
     model, x = wan(), wan_inputs()
     before = model(**x).sample
-    with mmattn.attach(model, VMoBA(topk=1, pool="query_head")) as session:
+    with mmattn.attach(model, VMoBA(topk=1)) as session:
         with pytest.raises(mmattn.ConfigError, match="no step clock"):
             model(**x)
         equal = []
@@ -82,7 +84,7 @@ def test_dense_first_quarter_follows_the_clock_and_needs_one():
 @torch.no_grad()
 def test_dense_layers_run_dense():
     model, x = wan(), wan_inputs()
-    with mmattn.attach(model, VMoBA(topk=1, dense_share=0, dense_layers=2)) as session:
+    with mmattn.attach(model, VMoBA(topk=1, dense_steps=0, dense_layers=2)) as session:
         model(**x)
         assert [s.density == 1 for s in session.stats.sites] == [True, True, False]
 
@@ -111,7 +113,7 @@ def test_flux_joint_attention_runs_sparse():
         "txt_ids": torch.zeros(5, 3),
     }
     before = model(**x).sample
-    with mmattn.attach(model, VMoBA(topk=2, pool="query_head", dense_share=0)) as session:
+    with mmattn.attach(model, VMoBA(topk=2, dense_steps=0)) as session:
         out = model(**x).sample
         assert session.stats.executed == 3 and session.stats.density < 0.6
     assert not torch.allclose(out, before)
@@ -122,7 +124,7 @@ def test_flux_joint_attention_runs_sparse():
 @pytest.mark.parametrize("regional", [True, False])
 def test_compiles_without_graph_breaks(regional):
     model, x = wan(9 if regional else 3), wan_inputs()
-    with mmattn.attach(model, VMoBA(threshold=0.25, dense_share=0)) as session:
+    with mmattn.attach(model, VMoBA(threshold=0.25, kind="head", dense_steps=0)) as session:
         eager = model(**x).sample
         torch._dynamo.reset()
         if regional:
@@ -135,5 +137,6 @@ def test_compiles_without_graph_breaks(regional):
 
 
 def test_recipe_round_trip():
-    method = VMoBA(topk=(2, 6, 18), pool="query_head", spatial=(5, 13), dense_share=0.0)
+    method = VMoBA(topk=(2, 6, 18), chunks=(3, (5, 13), (7, 5, 13)), dense_steps=0.0)
     assert VMoBA.from_dict(method.to_dict()) == method
+    assert VMoBA.from_dict(json.loads(json.dumps(method.to_dict()))) == method

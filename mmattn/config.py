@@ -6,6 +6,10 @@ unsupported = "dense"
 [[method]]
 name = "vmoba"
 threshold = 0.25
+[[method]]
+name = "neighborhood"
+window = [3, 8, 8]
+sites = "*.blocks.[0-3].*"    # optional: this method at these sites only
 ```
 """
 
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mmattn.errors import ConfigError, suggest
-from mmattn.methods.base import Method
+from mmattn.methods.base import Method, Placed
 from mmattn.registry import method_from
 
 _KEYS = ("method", "methods", "sites", "unsupported", "seed")
@@ -29,7 +33,7 @@ _RECORD_ONLY = ("mmattn", "versions", "device", "stats", "host", "target")
 class Recipe:
     """What `mmattn.load` returns and `mmattn.attach` accepts in place of methods."""
 
-    methods: tuple[Method, ...]
+    methods: tuple[Method | Placed, ...]
     sites: Any = None
     unsupported: str = "error"
     seed: int = 0
@@ -63,15 +67,27 @@ def recipe_from(data: dict[str, Any], source: str = "recipe") -> Recipe:
     tables = data.get("method", data.get("methods"))
     if not isinstance(tables, list) or not tables:
         raise ConfigError(f"{source}: needs at least one [[method]] table with a name")
-    sites = data.get("sites")
-    ok = sites is None or isinstance(sites, str)
-    ok = ok or (isinstance(sites, list) and all(isinstance(s, str) for s in sites))
-    if not ok:
-        raise ConfigError(f"{source}: sites must be a glob or a list of globs, got {sites!r}")
+    sites = _sites(data, source)
     unsupported = data.get("unsupported", "error")
     if unsupported not in ("error", "dense"):
         raise ConfigError(f"{source}: unsupported must be 'error' or 'dense', got {unsupported!r}")
     seed = data.get("seed", 0)
     if not isinstance(seed, int):
         raise ConfigError(f"{source}: seed must be an integer, got {seed!r}")
-    return Recipe(tuple(method_from(table) for table in tables), sites, unsupported, seed)
+    return Recipe(tuple(_method(table, source) for table in tables), sites, unsupported, seed)
+
+
+def _method(table: Any, source: str) -> Method | Placed:
+    if not isinstance(table, dict) or "sites" not in table:
+        return method_from(table)
+    method = method_from({k: v for k, v in table.items() if k != "sites"})
+    return method.at(_sites(table, source))
+
+
+def _sites(table: dict[str, Any], source: str) -> Any:
+    sites = table.get("sites")
+    ok = sites is None or isinstance(sites, str)
+    ok = ok or (isinstance(sites, list) and all(isinstance(s, str) for s in sites))
+    if not ok:
+        raise ConfigError(f"{source}: sites must be a glob or a list of globs, got {sites!r}")
+    return sites

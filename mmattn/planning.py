@@ -9,7 +9,7 @@ from typing import Any
 from mmattn.errors import ConfigError, ConflictError, NoSiteError, suggest
 from mmattn.hosts import host_for
 from mmattn.hosts.base import Host
-from mmattn.methods.base import Method
+from mmattn.methods.base import Method, Placed
 from mmattn.registry import method_from
 from mmattn.runs import Probe, Root
 from mmattn.sites import Selector, Site, select
@@ -21,6 +21,7 @@ class PlanRow:
 
     site: Site
     methods: list[str] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
@@ -37,6 +38,7 @@ class Plan:
     unsupported: str = "error"
     seed: int = 0
     probe: Probe = False
+    where: tuple[Selector | None, ...] = ()
 
     @property
     def planned(self) -> int:
@@ -49,10 +51,10 @@ class Plan:
         Raises:
             NoSiteError: says what the target offers and why nothing fitted.
         """
-        for method in self.methods:
+        for slot, method in enumerate(self.methods):
             if _needs_no_site(method):
                 continue
-            if not any(method.name in row.methods for row in self.rows):
+            if not any(slot in row.slots for row in self.rows):
                 raise NoSiteError(self._why_empty(method))
 
     def _why_empty(self, method: Method) -> str:
@@ -97,7 +99,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        names = ", ".join(m.name for m in self.methods)
+        names = ", ".join(dict.fromkeys(m.name for m in self.methods))
         head = f"{names} on {type(self.target).__name__} ({self.host.name}): "
         lines = [head + f"{self.planned} of {len(self.rows)} sites"]
         width = max((len(row.site.path) for row in self.rows), default=4)
@@ -138,7 +140,8 @@ def plan(
     Args:
         target: diffusers pipeline or model, transformers, timm or open_clip model, or any nn.Module.
         methods: a `Method`, a registered name, a `Recipe` from `mmattn.load`, or a list of methods and
-            names.
+            names; ``method.at(sites)`` keeps one to some of the sites, and one method may come several
+            times with different settings for different sites.
         sites: glob(s) on site paths, compiled regex(es) or predicate(s); None takes every site the
             methods accept.
         unsupported: ``"error"`` raises at the first call a method cannot honour; ``"dense"`` runs the
@@ -165,10 +168,12 @@ def plan(
             f"unsupported={unsupported!r}{suggest(str(unsupported), ('error', 'dense'))} "
             "Choose 'error' or 'dense'."
         )
-    listed = methods if isinstance(methods, list | tuple) else [methods]
+    several = isinstance(methods, list | tuple) and not isinstance(methods, Placed)
+    listed = methods if several else [methods]
     if not listed:
         raise ConfigError("no methods given; pass a Method, a registered name, or a list of them")
-    chosen = tuple(method_from(m) for m in listed)
+    pairs = [_placed(m) for m in listed]
+    chosen, where = tuple(m for m, _ in pairs), tuple(w for _, w in pairs)
     host = host_for(target)
     if host.name == "torch" and sites is not None:
         roots = host.roots_for(target, sites)  # type: ignore[attr-defined]
@@ -177,10 +182,10 @@ def plan(
         roots = host.roots(target)
         picked = [site for root in roots for site in root.sites]
         picked = select(picked, sites) if picked or sites is not None else picked
-    rows = [_row(site, chosen, host.name, explicit=sites is not None) for site in picked]
-    result = Plan(
-        target, host, roots, chosen, rows, sites, unsupported, seed, _probe(probe, chosen)
-    )
+    places = [None if w is None else {id(site) for site in select(picked, w)} for w in where]
+    rows = [_row(site, chosen, places, host.name) for site in picked]
+    asked = _probe(probe, chosen)
+    result = Plan(target, host, roots, chosen, rows, sites, unsupported, seed, asked, where)
     _check_conflicts(result)
     return result
 
@@ -201,10 +206,20 @@ def _probe(probe: bool | int | Sequence[int], methods: tuple[Method, ...]) -> Pr
     return steps
 
 
-def _row(site: Site, methods: tuple[Method, ...], host: str, *, explicit: bool) -> PlanRow:
+def _placed(given: Any) -> tuple[Method, Selector | None]:
+    if isinstance(given, dict) and "sites" in given:
+        return method_from({k: v for k, v in given.items() if k != "sites"}), given["sites"]
+    return given if isinstance(given, Placed) else (method_from(given), None)
+
+
+def _row(
+    site: Site, methods: tuple[Method, ...], places: list[set[int] | None], host: str
+) -> PlanRow:
     row = PlanRow(site)
-    for method in methods:
+    for slot, (method, place) in enumerate(zip(methods, places, strict=True)):
         if _needs_no_site(method):
+            continue
+        if place is not None and id(site) not in place:
             continue
         reason = None
         if host not in method.hosts:
@@ -217,6 +232,7 @@ def _row(site: Site, methods: tuple[Method, ...], host: str, *, explicit: bool) 
             reason = method.accepts(site)
         if reason is None:
             row.methods.append(method.name)
+            row.slots.append(slot)
         else:
             row.skipped.append(f"{method.name}: {reason}")
     return row
@@ -224,12 +240,14 @@ def _row(site: Site, methods: tuple[Method, ...], host: str, *, explicit: bool) 
 
 def _check_conflicts(result: Plan) -> None:
     replacing = {m.name for m in result.methods if "attention" in m.seams and not m.observes}
-    seen = [m.name for m in result.methods]
-    for name in seen:
-        if seen.count(name) > 1:
-            raise ConflictError(
-                f"{name} is given twice; attach it once, with the settings you want"
-            )
+    siteless = [m.name for m in result.methods if _needs_no_site(m)]
+    for names in [siteless, *(row.methods for row in result.rows)]:
+        for name in names:
+            if names.count(name) > 1:
+                raise ConflictError(
+                    f"{name} is given twice; attach it once, with the settings you want, or keep each to "
+                    'sites of its own: method.at("blocks.0.*")'
+                )
     for row in result.rows:
         both = [name for name in row.methods if name in replacing]
         if len(both) > 1:

@@ -61,7 +61,7 @@ class Session:
             for site in root.sites:
                 row = rows.get(id(site))
                 if row is not None and row.methods:
-                    _bind(site, run, row.methods)
+                    _bind(site, run, row.slots)
                     run.sites.append(site)
             for site in run.sites:
                 site.roles = {slot: m.role(site) for slot, m in enumerate(run.methods)}
@@ -170,21 +170,26 @@ class Session:
 
     def report(self) -> str:
         """`stats` as a table for people."""
-        names = ", ".join(m.name for m in self.plan.methods)
+        names = ", ".join(dict.fromkeys(m.name for m in self.plan.methods))
         return table(self.stats, f"{names} on {type(self.plan.target).__name__}")
 
     def to_dict(self) -> dict[str, Any]:
         """Methods, sites, versions and numbers; `mmattn.load` reads it back as a recipe."""
         sites = self.plan.sites
-        plain = sites is None or isinstance(sites, str)
-        plain = plain or (isinstance(sites, list) and all(isinstance(s, str) for s in sites))
-        if not plain:  # a regex or function cannot be written down; the paths it chose can
+        if not _written(sites):
             sites = [row.site.path for row in self.plan.rows if row.methods]
         return {
             "mmattn": _version("mmattn"),
             "target": type(self.plan.target).__name__,
             "host": self.plan.host.name,
-            "method": [method.to_dict() for method in self.plan.methods],
+            "method": [
+                method.to_dict()
+                if where is None
+                else {**method.to_dict(), "sites": self._paths(slot)}
+                for slot, (method, where) in enumerate(
+                    zip(self.plan.methods, self.plan.where, strict=True)
+                )
+            ],
             "sites": sites,
             "unsupported": self.plan.unsupported,
             "seed": self.plan.seed,
@@ -194,6 +199,13 @@ class Session:
             },
             "stats": self.stats.to_dict(),
         }
+
+    def _paths(self, slot: int) -> Any:
+        """The sites of one method as a recipe can hold them."""
+        where = self.plan.where[slot]
+        if _written(where):
+            return where
+        return [row.site.path for row in self.plan.rows if slot in row.slots]
 
     def save(self, path: str | Path) -> Path:
         """Write `to_dict` as JSON.
@@ -211,23 +223,30 @@ class Session:
         return path
 
     def __repr__(self) -> str:
-        names = ", ".join(m.name for m in self.plan.methods)
+        names = ", ".join(dict.fromkeys(m.name for m in self.plan.methods))
         state = "attached" if self.attached else "detached"
         return f"<Session {names} on {type(self.plan.target).__name__}: {state}>"
 
 
-def _bind(site: Site, run: Run, names: list[str]) -> None:
+def _bind(site: Site, run: Run, slots: list[int]) -> None:
     site.run = run
     first = next(site.module.parameters(), None)
     if first is not None:
         site.meter.place(first.device)
-    listed = [(slot, m) for slot, m in enumerate(run.methods) if m.name in names]
+    listed = [(slot, run.methods[slot]) for slot in slots]
     # Observers see the call before and after everything else.
     listed.sort(key=lambda pair: not pair[1].observes)
     site.memory = {}
     site.attention = tuple(p for p in listed if "attention" in p[1].seams)
     site.head_methods = tuple(p for p in listed if "heads" in p[1].seams)
     site.token_methods = tuple(p for p in listed if "tokens" in p[1].seams)
+
+
+def _written(sites: Any) -> bool:
+    """Whether a selector can be written down; a regex or function cannot, the paths it chose can."""
+    if sites is None or isinstance(sites, str):
+        return True
+    return isinstance(sites, list) and all(isinstance(s, str) for s in sites)
 
 
 def _checker(handles: list[Handle]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 
@@ -12,7 +12,7 @@ from mmattn.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from mmattn.layout import Tile
-    from mmattn.sites import Site
+    from mmattn.sites import Selector, Site
 
 Dense = Callable[..., torch.Tensor]
 """``dense(q, k, v, mask=..., scale=...) -> [B, H, Q, D]``: the original attention of this site."""
@@ -127,6 +127,13 @@ class Method:
         """``logits`` seam: model output ``[..., V]``."""
         return logits
 
+    def at(self, sites: Selector) -> Placed:
+        """This method at some sites only, so that several settings share one attach call.
+
+        ``attach(pipe, [VMoBA(topk=2).at("*.blocks.[0-4].attn1"), VMoBA(topk=4).at("*.blocks.5.attn1")])``
+        """
+        return Placed(self, sites)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings, with the registry key under ``name``."""
         return {"name": self.name, **asdict(self)}
@@ -149,6 +156,13 @@ class Method:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+class Placed(NamedTuple):
+    """A method and the sites it is meant for; `Method.at` makes one."""
+
+    method: Method
+    sites: Selector
 
 
 AttentionMethod = Method

@@ -20,6 +20,7 @@ def attach(
     unsupported: str = "error",
     seed: int = 0,
     probe: bool | int | Sequence[int] = False,
+    dry_run: bool = False,
 ) -> Session:
     """Attach `methods` to `target` and return the live `Session`.
 
@@ -37,7 +38,15 @@ def attach(
         ConflictError: methods that exclude each other, or a model or scheduler that already is
             attached.
     """
-    made = plan(target, methods, sites=sites, unsupported=unsupported, seed=seed, probe=probe)
+    made = plan(
+        target,
+        methods,
+        sites=sites,
+        unsupported=unsupported,
+        seed=seed,
+        probe=probe,
+        dry_run=dry_run,
+    )
     made.raise_if_empty()
     for root in made.roots:
         for site in root.sites:

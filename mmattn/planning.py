@@ -39,6 +39,7 @@ class Plan:
     seed: int = 0
     probe: Probe = False
     where: tuple[Selector | None, ...] = ()
+    dry_run: bool = False
 
     @property
     def planned(self) -> int:
@@ -134,6 +135,7 @@ def plan(
     unsupported: str = "error",
     seed: int = 0,
     probe: bool | int | Sequence[int] = False,
+    dry_run: bool = False,
 ) -> Plan:
     """Match `methods` against the sites of `target` without changing anything.
 
@@ -150,6 +152,9 @@ def plan(
         probe: denoising steps (one index or several), or True for every call, in which sparse methods
             also measure the share of the dense attention mass that falls on what they kept: ``recall`` in
             the report. Costs a dense pass per site in those steps.
+        dry_run: the methods run, and are measured (``error`` in the report: squared distance from the
+            original attention's output over its squared size), but the model goes on with the original
+            output. For methods of the ``attention`` seam.
 
     Raises:
         ConfigError: for an unknown method name, a bad `unsupported`, or a `probe` that no method answers.
@@ -182,10 +187,18 @@ def plan(
         roots = host.roots(target)
         picked = [site for root in roots for site in root.sites]
         picked = select(picked, sites) if picked or sites is not None else picked
+    for method in chosen if dry_run else ():
+        if method.seams != ("attention",):
+            raise ConfigError(
+                f"dry_run is for methods of the attention seam alone; {method.name} uses "
+                f"{'/'.join(method.seams)}"
+            )
     places = [None if w is None else {id(site) for site in select(picked, w)} for w in where]
     rows = [_row(site, chosen, places, host.name) for site in picked]
     asked = _probe(probe, chosen)
-    result = Plan(target, host, roots, chosen, rows, sites, unsupported, seed, asked, where)
+    result = Plan(
+        target, host, roots, chosen, rows, sites, unsupported, seed, asked, where, dry_run
+    )
     _check_conflicts(result)
     return result
 

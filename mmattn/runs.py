@@ -53,9 +53,11 @@ class Run:
         unsupported: str,
         seed: int,
         probe: Probe = False,
+        dry: bool = False,
     ) -> None:
         self.root, self.methods, self.clock = root, tuple(methods), clock
         self.unsupported, self.seed, self.probe = unsupported, seed, probe
+        self.dry = dry
         self.enabled = True
         self.installed = False
         self.layout: Layout | None = None

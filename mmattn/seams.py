@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from mmattn.errors import UnsupportedCall
 from mmattn.folding import Fold
+from mmattn.methods._calls import run_dense
 from mmattn.methods.base import Dense, Method
 from mmattn.rebind import SLOT, Proxy, names_used, rebind, spellings, subclass
 from mmattn.runs import Run
@@ -118,18 +119,22 @@ class Seam:
                     f"{method.name} at {site.path}: {reason}. Choose other sites, or attach with "
                     'unsupported="dense" to run the original attention there and have it counted.'
                 )
-            site.meter.fell_back(reason)
-            return inner(q, k, v)
+            return _fall_back(method, q, k, v, site, inner, reason)
         if not method.grouped and k.shape[1] != q.shape[1]:
             repeat = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        if self.run.unsupported != "dense":
-            return method.attend(q, k, v, mask=mask, scale=scale, site=site, dense=inner)
         try:
-            return method.attend(q, k, v, mask=mask, scale=scale, site=site, dense=inner)
+            out = method.attend(q, k, v, mask=mask, scale=scale, site=site, dense=inner)
         except UnsupportedCall as error:
-            site.meter.fell_back(str(error))
-            return inner(q, k, v)
+            if self.run.unsupported != "dense":
+                raise
+            return _fall_back(method, q, k, v, site, inner, str(error))
+        if not self.run.dry or method.observes:
+            return out
+        exact = inner(q, k, v)
+        size = exact.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        site.note("error", (out - exact).float().square().sum() / size)
+        return exact
 
     def _folded(
         self,
@@ -387,6 +392,22 @@ class Seam:
     def block_class(self, base: type) -> type:
         """Subclass of a block module that passes hidden states through the tokens seam."""
         return self.attention_class(base, "forward", base.forward, tokens=True)  # type: ignore[attr-defined]
+
+
+def _fall_back(
+    method: Method,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    site: Site,
+    dense: Dense,
+    reason: str,
+) -> torch.Tensor:
+    """The original attention, counted with its reason; of a sparse method also as density 1."""
+    if method.probes:
+        return run_dense(q, k, v, site=site, dense=dense, reason=reason)
+    site.meter.fell_back(reason)
+    return dense(q, k, v)
 
 
 class _Interfaces:

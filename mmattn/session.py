@@ -57,7 +57,15 @@ class Session:
         rows = {id(row.site): row for row in plan.rows}
         seams = {seam for method in plan.methods for seam in method.seams}
         for root in plan.roots:
-            run = Run(root, plan.methods, self.clock, plan.unsupported, plan.seed, plan.probe)
+            run = Run(
+                root,
+                plan.methods,
+                self.clock,
+                plan.unsupported,
+                plan.seed,
+                plan.probe,
+                plan.dry_run,
+            )
             for site in root.sites:
                 row = rows.get(id(site))
                 if row is not None and row.methods:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar, Self
 
 import torch
@@ -45,9 +46,10 @@ class VMoBA(Method):
     and not through the choice.
 
     Args:
-        topk: chunks per query, own included, one number or one per pattern (1-D, 2-D, 3-D). As many as
-            there are chunks, or more, is dense attention (bitwise). With neither `topk` nor `threshold`
-            it is a quarter of the chunks, rounded up: the paper's 2/6/18 of 7/24/72.
+        topk: chunks per query, own included, one value or one per pattern (1-D, 2-D, 3-D): an int is a
+            number, a float below 1 a share of the chunks, rounded up. As many as there are chunks, or
+            more, is dense attention (bitwise). With neither `topk` nor `threshold` it is 0.25: the
+            paper's 2/6/18 of 7/24/72.
         threshold: share of min-max-normalised similarity to reach. Above 1 it is dense attention
             (bitwise).
         kind: over what chunks compete: ``query`` (each query of each head by itself), ``head``,
@@ -79,7 +81,7 @@ class VMoBA(Method):
     masks: ClassVar[bool] = True
     probes: ClassVar[bool] = True
 
-    topk: int | tuple[int, int, int] | None = None
+    topk: float | tuple[float, float, float] | None = None
     threshold: float | None = None
     kind: str = "query"
     chunks: Chunks | None = None
@@ -102,8 +104,8 @@ class VMoBA(Method):
         )
         ks = self.topk if isinstance(self.topk, tuple) else (self.topk,) * 3
         require(
-            len(ks) == 3 and all(k is None or (isinstance(k, int) and k >= 1) for k in ks),
-            f"topk is a number >= 1 or three of them, got {self.topk!r}",
+            len(ks) == 3 and all(k is None or _is_count(k) for k in ks),
+            f"topk is a number >= 1 or a share below 1, or three of them, got {self.topk!r}",
         )
         require(
             self.threshold is None or self.threshold >= 0,
@@ -236,9 +238,10 @@ class VMoBA(Method):
         return chosen
 
     def _k(self, pattern: int, count: int) -> int:
-        if self.topk is None:
-            return -(-count // 4)
-        return self.topk[pattern] if isinstance(self.topk, tuple) else self.topk
+        given = self.topk[pattern] if isinstance(self.topk, tuple) else self.topk
+        if given is None:
+            given = 0.25
+        return given if isinstance(given, int) else ceil(given * count - 1e-9)
 
     def _keeps_all(self, pattern: int, count: int) -> bool:
         if count == 1:
@@ -248,6 +251,12 @@ class VMoBA(Method):
             return k >= count or (self.compat and k == 1)
         buggy = self.compat and self.kind in ("query", "block")
         return self.threshold > 1 and not buggy
+
+
+def _is_count(k: float) -> bool:
+    if isinstance(k, bool):
+        return False
+    return k >= 1 if isinstance(k, int) else isinstance(k, float) and 0 < k < 1
 
 
 def _chunks(given: Any) -> Chunks:

@@ -124,3 +124,30 @@ def test_two_resolutions_in_one_session_and_uneven_boxes_are_reported():
         assert torch.equal(model(**large).sample, second)
         assert "do not divide the grid (5, 5, 7)" in session.report()
         assert "(4, 4, 6)" not in session.report()
+
+
+@torch.no_grad()
+def test_a_dry_run_measures_and_changes_nothing():
+    model, x = wan(3), wan_inputs()
+    before = model(**x).sample
+    with mmattn.attach(model, settings(0.25), dry_run=True, probe=True) as session:
+        assert torch.equal(model(**x).sample, before)
+        first, dense, _ = session.stats.sites
+    with mmattn.attach(model, settings(0.25).at("blocks.0.*"), dry_run=True):
+        assert torch.equal(model(**x).sample, before)
+    assert first.density == 0.25 and 0 < first.recall < 1 and first.notes["error"] > 1e-4
+    assert dense.density == 1 and dense.notes["error"] == 0
+    with pytest.raises(mmattn.ConfigError, match="attention seam"):
+        mmattn.plan(model, "tome", dry_run=True)
+
+
+@torch.no_grad()
+def test_a_dense_fall_back_counts_as_density_one():
+    model, x = wan(3), wan_inputs()
+    x["attention_kwargs"] = None
+    with mmattn.attach(model, settings(0.25), unsupported="dense") as session:
+        session.runs[0].root.layout = None
+        session.runs[0].layout = mmattn.Layout()
+        model(**x)
+        assert {s.density for s in session.stats.sites} == {1.0}
+        assert "no token grid" in session.report()

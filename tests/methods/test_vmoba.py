@@ -501,6 +501,14 @@ def test_presets_are_the_papers_tables():
     assert VMoBA.wan_480p(dense_steps=0).dense_steps == 0
 
 
+def test_topk_is_a_number_or_a_share_rounded_up():
+    assert [VMoBA(topk=0.25)._k(0, n) for n in (4, 5, 24, 72)] == [1, 2, 6, 18]
+    assert [VMoBA(topk=(0.1, 3, 0.99))._k(p, 10) for p in range(3)] == [1, 3, 10]
+    q, k, v = qkv()
+    _, meter = call(VMoBA(topk=0.5, chunks=FRAMES, dense_steps=0), q, k, v)
+    assert meter.mean("density") == pytest.approx(0.5)
+
+
 def test_dense_steps_are_a_share_or_a_number():
     assert [VMoBA().phase(i, 50) for i in (11, 12)] == [False, True]
     assert [VMoBA(dense_steps=3).phase(i, 50) for i in (2, 3)] == [False, True]
@@ -524,6 +532,8 @@ def test_unfitting_calls_are_refused():
         ({"kind": "heads"}, "kind is one of"),
         ({"topk": 0}, "topk"),
         ({"topk": (1, 2)}, "topk"),
+        ({"topk": 1.5}, "topk"),
+        ({"topk": True}, "topk"),
         ({"threshold": -1.0}, "threshold"),
         ({"chunks": (1, (2,), (1, 2, 3))}, "chunks is"),
         ({"chunks": 3}, "chunks is"),

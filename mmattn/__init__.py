@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmattn.attaching import attach as attach
     from mmattn.config import Recipe as Recipe, load as load
     from mmattn.errors import (
+        BudgetNotMet as BudgetNotMet,
         ConfigError as ConfigError,
         ConflictError as ConflictError,
         DetachConflict as DetachConflict,
@@ -30,9 +31,15 @@ if TYPE_CHECKING:
     from mmattn.methods.agent_attention import AgentAttention as AgentAttention
     from mmattn.methods.attention_maps import AttentionMaps as AttentionMaps
     from mmattn.methods.base import AttentionMethod as AttentionMethod, Method as Method
+    from mmattn.methods.flexprefill import FlexPrefill as FlexPrefill
     from mmattn.methods.hiprune import HiPrune as HiPrune
     from mmattn.methods.identity import Identity as Identity
+    from mmattn.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
+    from mmattn.methods.proxyattn import ProxyAttn as ProxyAttn
+    from mmattn.methods.random_blocks import RandomBlocks as RandomBlocks
     from mmattn.methods.random_prune import RandomPrune as RandomPrune
+    from mmattn.methods.sliding_window import SlidingWindow as SlidingWindow
+    from mmattn.methods.sparsed import SparseD as SparseD
     from mmattn.methods.tome import ToMe as ToMe
     from mmattn.methods.vhr import VHR as VHR
     from mmattn.methods.vmoba import VMoBA as VMoBA
@@ -61,12 +68,19 @@ _EXPORTS = {
     "Identity": "mmattn.methods.identity",
     "AgentAttention": "mmattn.methods.agent_attention",
     "AttentionMaps": "mmattn.methods.attention_maps",
+    "FlexPrefill": "mmattn.methods.flexprefill",
     "HiPrune": "mmattn.methods.hiprune",
+    "NeighborhoodAttention": "mmattn.methods.neighborhood",
+    "ProxyAttn": "mmattn.methods.proxyattn",
+    "RandomBlocks": "mmattn.methods.random_blocks",
     "RandomPrune": "mmattn.methods.random_prune",
+    "SlidingWindow": "mmattn.methods.sliding_window",
+    "SparseD": "mmattn.methods.sparsed",
     "ToMe": "mmattn.methods.tome",
     "VHR": "mmattn.methods.vhr",
     "VMoBA": "mmattn.methods.vmoba",
     "MmattnError": "mmattn.errors",
+    "BudgetNotMet": "mmattn.errors",
     "ModelLoadError": "mmattn.errors",
     "NoSiteError": "mmattn.errors",
     "SelectorError": "mmattn.errors",

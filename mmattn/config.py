@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,37 @@ class Recipe:
     sites: Any = None
     unsupported: str = "error"
     seed: int = 0
+
+    def save(self, path: str | Path, *, comment: Sequence[str] = ()) -> Path:
+        """Write the recipe as TOML that `load` reads back.
+
+        Args:
+            path: a file that ends in ``.toml``.
+            comment: lines for the head of the file.
+
+        Raises:
+            ConfigError: when the path does not end in ``.toml``.
+        """
+        path = Path(path)
+        if path.suffix != ".toml":
+            raise ConfigError(f"a recipe is written as .toml, got {path.name}")
+        lines = [f"# {text}" for text in comment]
+        for key, default in (("sites", None), ("unsupported", "error"), ("seed", 0)):
+            if getattr(self, key) != default:
+                lines.append(f"{key} = {json.dumps(getattr(self, key))}")
+        for entry in self.methods:
+            lines += ["", "[[method]]"]
+            for key, value in entry.to_dict().items():
+                if value is not None:
+                    lines.append(f"{key} = {json.dumps(value)}")
+                elif not _none_by_default(entry, key):
+                    raise ConfigError(
+                        f"{entry.name}: {key}=None is not the default, and TOML has no None; keep this "
+                        "recipe as JSON (session.save)"
+                    )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
 
 
 def load(path: str | Path) -> Recipe:
@@ -75,6 +107,11 @@ def recipe_from(data: dict[str, Any], source: str = "recipe") -> Recipe:
     if not isinstance(seed, int):
         raise ConfigError(f"{source}: seed must be an integer, got {seed!r}")
     return Recipe(tuple(_method(table, source) for table in tables), sites, unsupported, seed)
+
+
+def _none_by_default(entry: Method | Placed, key: str) -> bool:
+    method = entry.method if isinstance(entry, Placed) else entry
+    return any(f.name == key and f.default is None for f in fields(method))
 
 
 def _method(table: Any, source: str) -> Method | Placed:

@@ -66,3 +66,7 @@ def suggest(word: str, known: Iterable[str], n: int = 3) -> str:
     if not near:
         return ""
     return ", did you mean " + " or ".join(repr(w) for w in near) + "?"
+
+
+class BudgetNotMet(MmattnError):  # noqa: N818
+    """No setting that tuning tried stays within the budget; the message says how close the best came."""

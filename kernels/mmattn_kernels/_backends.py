@@ -115,6 +115,8 @@ class Op:
             if not backend.automatic:
                 continue
             reason = backend.can_run(problem)
+            if reason is None and name == "triton" and problem.device.type == "cpu":
+                reason = "on a CPU only Triton's interpreter runs it, which is for tests and slow"
             if reason is None:
                 self._tell(name, problem.device.type, refused)
                 return backend
@@ -171,6 +173,10 @@ def no_triton(problem: Problem) -> str | None:
     """Why Triton kernels cannot run `problem`, None if they can."""
     if not installed("triton"):
         return "triton is not installed"
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{problem.dtype} is not one of float16, bfloat16, float32"
+    if max(problem.head_dim, problem.value_dim) > 256:
+        return f"the head dimension {max(problem.head_dim, problem.value_dim)} is above 256"
     if problem.device.type == "cpu" and interpreting():
         return None
     if problem.device.type != "cuda":
@@ -178,8 +184,4 @@ def no_triton(problem: Problem) -> str | None:
     major, minor = torch.cuda.get_device_capability(problem.device)
     if major < 8:
         return f"the device has compute capability {major}.{minor}; 8.0 is the least"
-    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"{problem.dtype} is not one of float16, bfloat16, float32"
-    if max(problem.head_dim, problem.value_dim) > 256:
-        return f"the head dimension {max(problem.head_dim, problem.value_dim)} is above 256"
     return None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+from mmattn.config import load
 from mmattn.errors import ConfigError, suggest
-from mmattn.methods.base import Method
+from mmattn.methods.base import Method, Placed
 from mmattn.registry import method_class, method_from
 
 DEFAULTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -44,18 +46,19 @@ class Variant:
     """One column. No methods means the untouched model."""
 
     label: str
-    methods: tuple[Method, ...] = ()
+    methods: tuple[Method | Placed, ...] = ()
 
 
 DENSE = Variant("dense")
 
 
-def label_of(methods: Sequence[Method]) -> str:
+def label_of(methods: Sequence[Method | Placed]) -> str:
     """``hiprune keep=16 + vhr``: the names, with the settings that differ from the defaults."""
     parts = []
     for method in methods:
-        base = type(method)().to_dict()
-        changed = {k: v for k, v in method.to_dict().items() if base.get(k) != v}
+        cls = type(method.method if isinstance(method, Placed) else method)
+        base = {f.name: f.default for f in fields(cls)}
+        changed = {k: v for k, v in method.to_dict().items() if base.get(k) != v and k != "name"}
         settings = " ".join(f"{k}={_short(v)}" for k, v in changed.items())
         parts.append(f"{method.name} {settings}".strip())
     return " + ".join(parts)
@@ -65,22 +68,39 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
 
 
-def variant(methods: Sequence[Method]) -> Variant:
+def variant(methods: Sequence[Method | Placed]) -> Variant:
     """A column for `methods` attached together."""
     return Variant(label_of(methods), tuple(methods))
 
 
 def parse(text: str) -> Variant:
-    """A column from ``name``, ``name:key=value,key=value``, several joined by ``+``, or a JSON object.
+    """A column from ``name``, ``name:key=value,key=value``, several joined by ``+``, a JSON object, or a
+    recipe file.
 
     Values are JSON where they parse as JSON, words otherwise: ``vmoba:threshold=0.3,chunks=[2,4,4]``.
 
     Raises:
         ConfigError: for an unknown method or key (with a suggestion), or text of another form.
     """
+    if text.endswith((".toml", ".json")):
+        return _recipe(Path(text))
     if text.lstrip().startswith("{"):
         return variant([method_from(json.loads(text))])
     return variant([_parse_one(part.strip()) for part in _split(text, "+")])
+
+
+def _recipe(path: Path) -> Variant:
+    recipe = load(path)
+    if recipe.unsupported != "error" or recipe.seed:
+        raise ConfigError(
+            f"{path} sets unsupported or seed, which a column cannot; attach it from Python: "
+            "mmattn.attach(model, mmattn.load(path))"
+        )
+    methods = [
+        m if recipe.sites is None or isinstance(m, Placed) else m.at(recipe.sites)
+        for m in recipe.methods
+    ]
+    return Variant(f"recipe {path.stem}", tuple(methods))
 
 
 def _parse_one(text: str) -> Method:
@@ -137,6 +157,8 @@ def override(variants: Sequence[Variant], pairs: Sequence[str]) -> list[Variant]
             methods = list(column.methods)
             for j, method in enumerate(methods):
                 settings = method.to_dict()
+                if isinstance(method, Placed):
+                    continue  # a recipe is what its file says
                 known |= {k for k in settings if k != "name"}
                 if (not dot or method.name == name) and key in settings and key != "name":
                     methods[j] = method_from({**settings, key: scalar(value.strip())})

@@ -164,6 +164,15 @@ class Placed(NamedTuple):
     method: Method
     sites: Selector
 
+    @property
+    def name(self) -> str:
+        """The method's registry key."""
+        return self.method.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's settings, with `sites`."""
+        return {**self.method.to_dict(), "sites": self.sites}
+
 
 AttentionMethod = Method
 """Alias for readers: a method that overrides `attend` only."""

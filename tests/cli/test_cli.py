@@ -339,3 +339,42 @@ def test_bench_prints_dense_beside_the_method(run):
     assert code == 0 and dense["label"] == "dense"
     assert dense["median_ms"] > 0 and tome["median_ms"] > 0 and tome["ratio"] > 0
     assert tome["sites"] == 6 and "every site executed" in tome["checks"]
+
+
+# -- tune -------------------------------------------------------------------------------------------
+
+
+def test_tune_writes_a_recipe_that_other_verbs_take(run, tmp_path):
+    code, out, err = run(
+        "tune",
+        "t2i",
+        *("-p", "a red circle on a white background", "-m", "neighborhood:window=0.5"),
+        *("--min-recall", "0.2", "--steps", "3", "-o", "my.toml", "--quiet", "--json"),
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["recipe"] == "my.toml" and found["density"] < 1
+    assert {entry["dense_steps"] for entry in found["sites"].values()} <= {0, 1, 2}
+    assert (tmp_path / "my.tune.json").is_file()
+    code, out, err = run(
+        "generate",
+        *("-p", "a red circle on a white background", "-m", "my.toml", "--steps", "3"),
+        *("-o", "pictures"),
+    )
+    assert code == 0 and "neighborhood on" in err, err
+    assert list((tmp_path / "pictures").rglob("*.png"))
+
+
+def test_tune_says_what_is_missing(run):
+    for arguments, says in (
+        ((), "give a budget"),
+        (("--min-recall", "0.9", "-m", "identity"), "cannot be tuned"),
+        (("--min-recall", "0.9", "-m", "vmoba+neighborhood"), "one candidate"),
+        (("--min-recall", "0.9", "-m", "there.toml"), "no recipe file"),
+        (("--min-recall", "0.9", "-m", "neighborhood", "-o", "x.json"), ".toml"),
+    ):
+        code, _, err = run("tune", "t2i", "-p", "x", *arguments, "--quiet")
+        assert code == 2 and says in err, err
+        one_sentence(err)
+    code, _, err = run("tune", "t2i", "-m", "neighborhood", "--min-recall", "1", "--steps", "2")
+    assert code == 2 and "best recall" in err, err

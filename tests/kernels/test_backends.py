@@ -67,6 +67,15 @@ def test_plain_torch_on_a_gpu_is_never_silent(op, monkeypatch):
         op.choose("auto", cuda)
 
 
+def test_the_interpreter_is_never_chosen_by_itself():
+    q, k, v = random_qkv(1, 2, 8, 8, 16, dtype=torch.float32)
+    op = _backends.REGISTRY["attention_with_column_mass"]
+    assert _backends.interpreting() and op.choose("triton", Problem.of(q, k, v)).name == "triton"
+    assert op.choose("auto", Problem.of(q, k, v)).name == "torch"
+    with pytest.raises(BackendUnavailable, match="float64 is not one of"):
+        op.choose("triton", Problem.of(*(t.double() for t in (q, k, v))))
+
+
 def test_every_op_says_what_it_can_run():
     import mmattn_kernels
 

@@ -1,0 +1,186 @@
+"""Tuning: the choice from measurements, the record on disk, and a run on the embedded video model."""
+
+import json
+
+import pytest
+import torch
+
+import mmattn
+from mmattn import VMoBA
+from mmattn.config import Recipe
+from mmattn.loading import resolve
+from mmattn.tuning import Tuned, default_candidates, default_prompts, tune
+from mmattn.tuning.choose import Choice, bounds, choose, mean_cost, recipe
+from mmattn.tuning.state import State
+
+FINE = (0.25, (3, 3), (1, 3, 3))
+HALF, QUARTER = (VMoBA(topk=s, chunks=FINE, dense_steps=0) for s in (0.5, 0.25))
+# Two candidates, two layers, four steps.
+MEASURED = [
+    {
+        "a": {"density": [0.5] * 4, "recall": [0.8, 0.9, 0.95, 0.95], "error": [0.2, 0.1, 0, 0]},
+        "b": {"density": [0.5] * 4, "recall": [0.9] * 4, "error": [0.1] * 4},
+    },
+    {
+        "a": {"density": [0.25] * 4, "recall": [0.5, 0.6, 0.7, 0.9], "error": [0.6, 0.5, 0.4, 0.1]},
+        "b": {"density": [0.25] * 4, "recall": [0.9] * 4, "error": [0.1] * 4},
+    },
+]
+
+
+def test_each_layer_gets_its_cheapest_setting_within_the_bound():
+    chosen = choose(MEASURED, recall=0.9)
+    # Layer a: half density from the second step on (0.625) beats a quarter in the last alone (0.8125).
+    assert chosen == {"a": Choice(0, 1, (1 + 3 * 0.5) / 4), "b": Choice(1, 0, 0.25)}
+    assert mean_cost(chosen) == pytest.approx((0.625 + 0.25) / 2)
+    assert choose(MEASURED, error=-1.0) == dict.fromkeys("ab", Choice(None, 0, 1.0))
+    assert choose(MEASURED, error=1.0) == dict.fromkeys("ab", Choice(1, 0, 0.25))
+    assert bounds(MEASURED) == [0, 0.1, 0.2, 0.4, 0.5, 0.6]
+    costs = [mean_cost(choose(MEASURED, error=e)) for e in bounds(MEASURED)]
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
+
+
+def test_a_recipe_groups_layers_and_reads_back(tmp_path):
+    made = recipe(choose(MEASURED, recall=0.9), [HALF, QUARTER], steps=4)
+    path = made.save(tmp_path / "r.toml", comment=["why"])
+    assert mmattn.load(path) == made
+    assert [m.method.dense_steps for m in made.methods] == [0.25, 0]
+    assert [m.sites for m in made.methods] == [["a"], ["b"]]
+    assert path.read_text().startswith("# why\n")
+    whole = Recipe((HALF,), sites="blocks.*", unsupported="dense", seed=3)
+    assert mmattn.load(whole.save(tmp_path / "w.toml")) == whole
+    with pytest.raises(mmattn.ConfigError, match="toml"):
+        made.save(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("total", range(1, 60))
+def test_every_number_of_dense_steps_survives_as_a_share(total):
+    for first in range(total):
+        one = {"a": Choice(0, first, 1.0)}
+        method = recipe(one, [HALF], total).methods[0].method
+        assert [method.phase(i, total) for i in range(total)] == [i >= first for i in range(total)]
+
+
+def test_the_record_survives_and_refuses_other_settings(tmp_path):
+    path = tmp_path / "deep" / "r.tune.json"
+    State(path, {"steps": 4}).save("one", {"x": 1})
+    assert State(path, {"steps": 4}).results == {"one": {"x": 1}}
+    with pytest.raises(mmattn.ConfigError, match="other settings"):
+        State(path, {"steps": 5})
+    path.write_text("{")
+    with pytest.raises(mmattn.ConfigError, match="not a tuning record"):
+        State(path, {"steps": 4})
+
+
+@pytest.fixture(scope="module")
+def video():
+    loaded = resolve("t2v")
+    loaded.target.set_progress_bar_config(disable=True)
+    return loaded
+
+
+PROMPTS = ["a red circle moving left on a white background"]
+
+
+def run(video, out, **more) -> Tuned:
+    return tune(video, PROMPTS, [HALF, QUARTER], out, steps=4, **more)
+
+
+def test_a_recall_budget_is_kept_and_a_stopped_run_continues(video, tmp_path):
+    out = tmp_path / "tuned.toml"
+    seen = []
+
+    def stop(done, total, what):
+        seen.append(done)
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(video, out, min_recall=0.75, progress=stop)
+    record = json.loads((tmp_path / "tuned.tune.json").read_text())["results"]
+    assert list(record) == ["measure 0 0"] and not out.exists()
+    before = video.target.transformer.blocks[0].attn1.processor
+    assert "mmattn" not in type(before).__module__
+
+    drawn = []
+    forward = video.target.transformer.register_forward_hook(lambda *_: drawn.append(1))
+    tuned = run(video, out, min_recall=0.75)
+    # One candidate was measured before; left are one candidate, dense and the check, 4 steps each
+    # with guidance, which is two calls.
+    assert len(drawn) == 3 * 4 * 2
+    forward.remove()
+    assert tuned.density < 1 and tuned.recall >= 0.75 and tuned.psnr > 5
+    assert any(c.candidate is not None for c in tuned.choices.values())
+
+    recipe = mmattn.load(out)
+    assert recipe == tuned.recipe
+    with mmattn.attach(video.target, recipe, probe=True) as session:
+        video.target(
+            PROMPTS[0],
+            height=48,
+            width=48,
+            num_frames=17,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            max_sequence_length=16,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        )
+        stats = session.stats
+    own = {s.path: s.density for s in stats.sites}
+    planned = {site: c.cost for site, c in tuned.choices.items() if c.candidate is not None}
+    assert own == pytest.approx(planned, abs=0.02)
+    again = run(video, out, min_recall=0.75)
+    assert (again.density, again.psnr, again.choices) == (tuned.density, tuned.psnr, tuned.choices)
+    with pytest.raises(mmattn.ConfigError, match="other settings"):
+        tune(video, PROMPTS, [HALF], out, steps=4, min_recall=0.75)
+
+
+def test_a_psnr_budget_is_kept_by_what_is_written(video, tmp_path):
+    strict = run(video, tmp_path / "strict.toml", min_psnr=35.0)
+    loose = run(video, tmp_path / "loose.toml", min_psnr=15.0)
+    assert strict.psnr >= 35 and loose.psnr >= 15
+    assert loose.density < strict.density < 1
+    assert "budget PSNR of at least 15.0 dB" in (tmp_path / "loose.toml").read_text()
+
+
+def test_a_budget_that_nothing_keeps_says_how_far_it_is(video, tmp_path):
+    with pytest.raises(mmattn.BudgetNotMet, match="best recall of any layer and step"):
+        run(video, tmp_path / "none.toml", min_recall=1.0)
+    assert not (tmp_path / "none.toml").exists()
+
+
+def test_bad_requests_are_refused_before_anything_runs(video, tmp_path):
+    out = tmp_path / "r.toml"
+    for more, says in (
+        ({}, "one budget"),
+        ({"min_psnr": 3, "min_recall": 0.5}, "one budget"),
+        ({"min_recall": 1.5}, "share"),
+    ):
+        with pytest.raises(mmattn.ConfigError, match=says):
+            run(video, out, **more)
+    with pytest.raises(mmattn.ConfigError, match="cannot be tuned"):
+        tune(video, PROMPTS, [mmattn.Identity()], out, min_recall=0.5)
+    with pytest.raises(mmattn.ConfigError, match=r"\.toml"):
+        run(video, tmp_path / "r.json", min_recall=0.5)
+    with pytest.raises(mmattn.ConfigError, match="at least one prompt"):
+        tune(video, [], [HALF], out, min_recall=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_defaults_fit_the_embedded_models(video):
+    assert len(default_prompts(video)) == 4
+    densities = []
+    for candidate in default_candidates(video):
+        with mmattn.attach(video.target, candidate.at("*.attn1"), dry_run=True) as session:
+            video.target(
+                PROMPTS[0],
+                height=48,
+                width=48,
+                num_frames=17,
+                num_inference_steps=2,
+                max_sequence_length=16,
+                output_type="latent",
+            )
+            densities.append(session.stats.density)
+    assert len(densities) == 6 and all(0.08 < d <= 1 for d in densities)

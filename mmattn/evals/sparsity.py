@@ -60,13 +60,25 @@ def ladder(dense_steps: float) -> list[Rung]:
     # Of 20, 36 and 20 chunks. Rounded down, so that VMoBA never keeps more than the others.
     kept = {0.5: (10, 18, 10), 0.25: (5, 9, 5), 0.15: (3, 5, 3)}
     windows = {0.5: (5, 3, 6), 0.25: (5, 3, 3), 0.15: (3, 3, 3)}
+    # A window of every second token reaches over the whole picture; of half the tokens, along one axis.
+    dilated: dict[float, tuple[Any, Any]] = {
+        0.5: (((5, 3, 6), (5, 6, 3)), ((1, 2, 1), (1, 1, 2))),
+        0.25: ((5, 3, 3), (1, 2, 2)),
+        0.15: ((3, 3, 3), (1, 2, 2)),
+    }
     rungs = []
     for density in DENSITIES:
         methods: dict[str, Method] = {
             "VMoBA": VMoBA(topk=kept[density], chunks=chunks, dense_steps=dense_steps),
             "neighborhood": NeighborhoodAttention(window=windows[density], dense_steps=dense_steps),
             "sliding window": SlidingWindow(window=round(180 * density), dense_steps=dense_steps),
+            "dilated neighborhood": NeighborhoodAttention(
+                window=dilated[density][0], dilation=dilated[density][1], dense_steps=dense_steps
+            ),
             "random blocks": RandomBlocks(density=density, block=9, dense_steps=dense_steps),
+            "random blocks, drawn once": RandomBlocks(
+                density=density, block=9, redraw=False, dense_steps=dense_steps
+            ),
         }
         rungs += [Rung(family, density, method) for family, method in methods.items()]
     if dense_steps:  # a pattern that is taken from a dense step needs one

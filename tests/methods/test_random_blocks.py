@@ -14,6 +14,7 @@ from mmattn.methods._image_attention import Part
 from mmattn.methods.random_blocks import RandomBlocks
 from mmattn.runs import Root, Run
 from mmattn.sites import Site
+from tests.methods.test_vmoba_models import wan, wan_inputs
 
 N, BLOCK = 12, 16
 S = N * BLOCK
@@ -120,3 +121,19 @@ def test_traced_graphs_run_dense_where_that_is_allowed():
 def test_density_out_of_range_is_a_config_error(density):
     with pytest.raises(mmattn.ConfigError, match="density lies in"):
         RandomBlocks(density=density)
+
+
+@torch.no_grad()
+def test_one_draw_for_all_steps_where_that_is_asked():
+    model = wan(1)
+    x = wan_inputs()
+    kept = {}
+    for redraw in (True, False):
+        method = RandomBlocks(density=0.3, block=8, redraw=redraw)
+        with mmattn.attach(model, method) as session:
+            outs = []
+            for step in range(2):
+                session.step(step, 2)
+                outs.append(model(**x).sample)
+            kept[redraw] = torch.equal(*outs)
+    assert kept == {True: False, False: True}

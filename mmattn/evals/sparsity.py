@@ -157,7 +157,7 @@ def measure(
     progress(f"dense: {100 * rows[0]['all']:.0f} %")
     for warmup in warmups:
         for rung in rungs(warmup):
-            with attach(loaded.target, rung.method, probe=True) as session:
+            with attach(loaded.target, rung.method, probe=steps // 2) as session:
                 drawn = film()
                 stats = session.stats
             values = [v for s in stats.sites for v in s.steps.values() if v < 1]

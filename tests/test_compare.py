@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from mmattn import variants
 from mmattn.batch.writers import read_metadata
-from mmattn.compare import variants
 from mmattn.compare.answers import Answers, mark, stutters
 from mmattn.compare.bench import bench
 from mmattn.compare.classes import Classes
 from mmattn.compare.clips import Clips
 from mmattn.compare.jobs import Settings
-from mmattn.compare.measure import measured
 from mmattn.compare.pictures import Pictures
 from mmattn.compare.run import compare
 from mmattn.errors import ConfigError, UnsupportedCall
 from mmattn.loading import Loaded
+from mmattn.measuring import measured
 from mmattn.methods.base import Method
 from mmattn.methods.identity import Identity
 from mmattn.methods.random_prune import RandomPrune
@@ -324,7 +324,9 @@ def test_broken_text_is_not_a_good_caption():
 def test_columns_are_parsed():
     chosen = variants.parse("vmoba:threshold=0.3,chunks=[1,[2,3],[1,2,3]]+identity")
     vmoba, identity = chosen.methods
-    assert vmoba.threshold == 0.3 and vmoba.chunks == (1, (2, 3), (1, 2, 3)) and identity == Identity()
+    assert (
+        vmoba.threshold == 0.3 and vmoba.chunks == (1, (2, 3), (1, 2, 3)) and identity == Identity()
+    )
     assert chosen.label == "vmoba threshold=0.3 chunks=(1,(2,3),(1,2,3)) + identity"
     assert variants.parse('{"name": "tome", "r": 8}').label == "tome r=8"
     assert variants.parse("tome:ratio=2.5e-1").methods[0].ratio == 0.25

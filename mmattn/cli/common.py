@@ -15,7 +15,7 @@ import typer
 from mmattn.errors import ConfigError, MmattnError, suggest
 
 if TYPE_CHECKING:
-    from mmattn.compare.variants import Variant
+    from mmattn.variants import Variant
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -176,7 +176,7 @@ Out = Annotated[Path, option("--out", "-o", help="Folder for the files.")]
 
 def columns(methods: Sequence[str] | None, changes: Sequence[str] | None) -> list[Variant]:
     """One column per ``-m``, with ``--set`` applied."""
-    from mmattn.compare.variants import override, parse
+    from mmattn.variants import override, parse
 
     chosen = [parse(text) for text in methods or ()]
     return override(chosen, changes or ())
@@ -184,7 +184,7 @@ def columns(methods: Sequence[str] | None, changes: Sequence[str] | None) -> lis
 
 def together(methods: Sequence[str] | None, changes: Sequence[str] | None) -> Variant | None:
     """All ``-m`` attached to one model at once, or None."""
-    from mmattn.compare.variants import variant
+    from mmattn.variants import variant
 
     chosen = columns(methods, changes)
     every = [method for column in chosen for method in column.methods]

@@ -131,7 +131,7 @@ def doctor(as_json: Json = False, config: Config = None) -> None:
 
     from mmattn import __version__
     from mmattn.batch.writers import video_encoder
-    from mmattn.compare.measure import package_versions
+    from mmattn.measuring import package_versions
     from mmattn.mini import manifest
 
     devices = [f"cpu, {torch.get_num_threads()} threads"]

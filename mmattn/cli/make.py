@@ -31,8 +31,8 @@ from mmattn.cli.common import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mmattn.compare.variants import Variant
     from mmattn.loading import Loaded
+    from mmattn.variants import Variant
 
 Model = Annotated[str, option("--model", help="t2i, t2v, vlm, vit, a folder, or a hub id.")]
 Images = Annotated[list[Path] | None, option("--image", "-i", help="A picture; repeatable.")]
@@ -137,7 +137,7 @@ def generate(
     if loaded.embedded:
         _warn_unknown_words(prompt)
     from mmattn.batch.writers import write_image, write_json, write_video
-    from mmattn.compare.calls import draw
+    from mmattn.calls import draw
 
     seeds = [seed + i for i in range(len(prompt))]
     with _attached(loaded, chosen, sites, seed, quiet) as record:
@@ -211,7 +211,7 @@ def caption(
     pictures = _open(image)
     chosen = common.together(method, changes)
     loaded = _load(model, kind, device, ("vlm",), "caption")
-    from mmattn.compare.calls import answer
+    from mmattn.calls import answer
 
     text = prompt
     if text is None:
@@ -247,7 +247,7 @@ def classify(
     pictures = _open(image)
     chosen = common.together(method, changes)
     loaded = _load(model, kind, device, ("vit",), "classify")
-    from mmattn.compare.calls import labels_of, logits, preprocess
+    from mmattn.calls import labels_of, logits, preprocess
 
     pixels = preprocess(loaded, pictures)
     with _attached(loaded, chosen, sites, seed, quiet) as record:
@@ -289,7 +289,7 @@ def attnmap(
     from mmattn.errors import ConfigError
 
     loaded = _load(model, kind, device, ("t2i", "t2v", "vlm", "vit"), "attnmap")
-    from mmattn.compare.calls import answer, draw, logits, preprocess
+    from mmattn.calls import answer, draw, logits, preprocess
     from mmattn.compare.heatmaps import save_maps
 
     picture: Image.Image | None = None

@@ -161,6 +161,6 @@ def tune(
 
 
 def _label(method: Any) -> str:
-    from mmattn.compare.variants import label_of
+    from mmattn.variants import label_of
 
     return label_of([method])

@@ -97,7 +97,7 @@ def compare(
     Writes pictures, clips, report.html and report.json into the output folder. Ctrl-C keeps what is
     done so far.
     """
-    from mmattn.compare.variants import DEFAULTS, check_names
+    from mmattn.variants import DEFAULTS, check_names
 
     chosen = common.columns(method, changes if method else None)
     names = list(only or DEFAULTS)
@@ -220,7 +220,7 @@ def bench(
     config: Config = None,
 ) -> None:
     """Time methods against dense in one run, interleaved. No number without green checks."""
-    from mmattn.compare.variants import DEFAULTS
+    from mmattn.variants import DEFAULTS
 
     chosen = common.columns(method, changes if method else None)
     common.check_device(device)
@@ -228,11 +228,11 @@ def bench(
     import torch
 
     from mmattn.compare.bench import bench as run
-    from mmattn.compare.measure import environment
     from mmattn.compare.results import Section
     from mmattn.compare.run import default_columns
     from mmattn.errors import ConfigError, MmattnError
     from mmattn.loading import resolve
+    from mmattn.measuring import environment
 
     every, lost = [], []
     for name in model or list(DEFAULTS):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from mmattn.batch.writers import to_image, upscale, write_image, write_json
-from mmattn.compare.calls import answer
+from mmattn.calls import answer
 from mmattn.compare.heatmaps import site_maps
 from mmattn.compare.jobs import Job
 from mmattn.compare.results import Column, Figure

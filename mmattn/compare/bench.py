@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from mmattn.attaching import attach
-from mmattn.compare.calls import draw, logits, preprocess
+from mmattn.calls import draw, logits, preprocess
 from mmattn.compare.jobs import sentence
-from mmattn.compare.variants import DENSE, Variant
 from mmattn.errors import MmattnError
 from mmattn.loading import Loaded
 from mmattn.sites import Selector
+from mmattn.variants import DENSE, Variant
 
 Work = Callable[[], Tensor]
 

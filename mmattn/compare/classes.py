@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmattn.batch.writers import grid, to_image, write_image
-from mmattn.compare.calls import labels_of, logits
+from mmattn.calls import labels_of, logits
 from mmattn.compare.heatmaps import site_maps
 from mmattn.compare.jobs import Job, relative
 from mmattn.compare.results import Column, Figure

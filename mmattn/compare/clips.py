@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mmattn.batch.writers import write_video, write_webp
-from mmattn.compare.calls import draw
+from mmattn.calls import draw
 from mmattn.compare.jobs import Job, relative
 from mmattn.compare.pictures import comparison, likeness, slug, verdict_rates
 from mmattn.compare.results import Column, Figure

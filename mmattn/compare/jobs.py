@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 
 from mmattn.attaching import attach
-from mmattn.compare.measure import measured
 from mmattn.compare.results import Column, Figure, Outcome, Section
-from mmattn.compare.variants import DENSE, Variant
 from mmattn.errors import NoSiteError
 from mmattn.loading import Loaded, resolve
+from mmattn.measuring import measured
 from mmattn.report import Stats
 from mmattn.session import Session
+from mmattn.variants import DENSE, Variant
 
 Tick = Callable[[str], None]
 

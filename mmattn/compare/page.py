@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from mmattn.compare.results import Figure, Outcome, Report, Section, shown
-from mmattn.compare.variants import DENSE
+from mmattn.variants import DENSE
 
 _MIME = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4"}
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mmattn.batch.writers import difference, grid, to_image, write_image
-from mmattn.compare.calls import draw
+from mmattn.calls import draw
 from mmattn.compare.jobs import Job, relative
 from mmattn.compare.results import Column, Figure
-from mmattn.compare.variants import DENSE
 from mmattn.evals.quality import decibels, psnr, ssim
+from mmattn.variants import DENSE
 
 GAIN = 5.0
 """How much the difference column is amplified."""

@@ -11,10 +11,10 @@ import torch
 
 from mmattn.batch.writers import write_json, write_text
 from mmattn.compare.jobs import Job, Settings, sentence, work
-from mmattn.compare.measure import environment
 from mmattn.compare.results import Report, Section
-from mmattn.compare.variants import DEFAULTS, Variant, check_names, override, variant
+from mmattn.measuring import environment
 from mmattn.registry import method_from
+from mmattn.variants import DEFAULTS, Variant, check_names, override, variant
 
 Progress = Callable[[int, int, str], None]
 

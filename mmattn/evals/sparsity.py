@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from mmattn.attaching import attach
-from mmattn.compare.calls import draw
-from mmattn.compare.measure import environment
+from mmattn.calls import draw
 from mmattn.errors import MissingExtraError
 from mmattn.evals.quality import psnr, ssim
 from mmattn.loading import Loaded, resolve
+from mmattn.measuring import environment
 from mmattn.methods.base import Method
 from mmattn.methods.flexprefill import FlexPrefill
 from mmattn.methods.neighborhood import NeighborhoodAttention

@@ -23,8 +23,8 @@ class RandomBlocks(BlockMethod):
     session's seed, the layer and the denoising step alone, so guidance in one batch equals guidance in
     two calls, and every call without a step clock draws alike. Drawing anew in every step lets everything
     see everything in the course of a run, which alone is worth some 3 dB on the embedded video model;
-    against a method whose pattern stays, ``redraw=False`` is the fairer baseline. Larger densities keep what smaller ones
-    keep. The global generator is never consumed. No paper.
+    against a method whose pattern stays, ``redraw=False`` is the fairer baseline. Larger densities keep
+    what smaller ones keep. The global generator is never consumed. No paper.
 
     Args:
         density: share of the key blocks that each block of queries keeps, in (0, 1], own block included,

@@ -1,4 +1,4 @@
-"""From measurements to settings: per layer the cheapest candidate that stays within a bound."""
+"""From measurements to settings: candidates and warm-ups per layer, within a bound or at a price."""
 
 from __future__ import annotations
 
@@ -31,42 +31,51 @@ class Choice:
 DENSE = Choice(None, 0, 1.0)
 
 
-def choose(
-    measured: Sequence[Measured], *, error: float | None = None, recall: float | None = None
-) -> dict[str, Choice]:
-    """For every site the cheapest candidate and warm-up whose sparse steps all stay within the bound.
+def within(measured: Sequence[Measured], recall: float) -> dict[str, Choice]:
+    """For every site the cheapest candidate and warm-up with `recall` or more in every sparse step.
 
     Args:
         measured: one table per candidate, means over the prompts.
-        error: largest relative squared error of a site's output in any sparse step.
-        recall: smallest share of attention mass in any sparse step.
+        recall: smallest share of attention mass.
     """
     chosen = {}
     for site in measured[0]:
         options = [DENSE]
         for index, table in enumerate(measured):
-            values = table[site]
-            bad = [
-                step
-                for step, (e, r) in enumerate(zip(values["error"], values["recall"], strict=True))
-                if (error is not None and e > error) or (recall is not None and r < recall)
-            ]
-            first, total = (bad[-1] + 1 if bad else 0), len(values["error"])
-            if first < total:
-                cost = (first + sum(values["density"][first:])) / total
-                options.append(Choice(index, first, cost))
+            recalled = table[site]["recall"]
+            first = 1 + max((s for s, r in enumerate(recalled) if r < recall), default=-1)
+            if first < len(recalled):
+                options.append(_option(index, first, table[site]))
         chosen[site] = min(options, key=lambda option: option.cost)
     return chosen
+
+
+def at_price(measured: Sequence[Measured], price: float) -> dict[str, Choice]:
+    """For every site the candidate and warm-up with the least ``cost + price * error``.
+
+    Costs and errors are means over all steps, where dense steps have no error. One price for all sites
+    spends error where it saves most: this is how rate is allocated in coding.
+    """
+    chosen = {}
+    for site in measured[0]:
+        options = [(DENSE.cost, DENSE)]
+        for index, table in enumerate(measured):
+            errors = table[site]["error"]
+            for first in range(len(errors)):
+                option = _option(index, first, table[site])
+                options.append((option.cost + price * sum(errors[first:]) / len(errors), option))
+        chosen[site] = min(options, key=lambda pair: pair[0])[1]
+    return chosen
+
+
+def _option(index: int, first: int, values: Mapping[str, Sequence[float]]) -> Choice:
+    density = values["density"]
+    return Choice(index, first, (first + sum(density[first:])) / len(density))
 
 
 def mean_cost(chosen: Mapping[str, Choice]) -> float:
     """Mean density over sites and steps."""
     return sum(c.cost for c in chosen.values()) / len(chosen)
-
-
-def bounds(measured: Sequence[Measured]) -> list[float]:
-    """The errors at which some choice changes, ascending and each once."""
-    return sorted({e for table in measured for values in table.values() for e in values["error"]})
 
 
 def recipe(chosen: Mapping[str, Choice], candidates: Sequence[Method], steps: int) -> Recipe:

@@ -2,9 +2,9 @@
 
 Every candidate runs along the trajectory of the untouched model (`dry_run`), and at every layer and step
 three numbers are taken: its density, the share of attention mass it recalls, and the error of its
-output. A bound on the error of a site then gives each layer its cheapest candidate and number of dense
-first steps. With a budget in recall that is all; with a budget in PSNR the bound is found by bisection
-over whole generations.
+output. With a budget in recall each layer gets the cheapest candidate and number of dense first steps
+that keep it. With a budget in PSNR each layer gets those with the least cost plus priced error, and the
+price is found by bisection over whole generations.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from typing import Any
 from torch import Tensor
 
 from mmattn.attaching import attach
-from mmattn.compare.calls import draw
+from mmattn.calls import draw
 from mmattn.config import Recipe
 from mmattn.errors import BudgetNotMet, ConfigError
 from mmattn.evals.quality import psnr
 from mmattn.loading import Loaded
 from mmattn.methods.base import Method
-from mmattn.tuning.choose import Choice, Measured, bounds, choose, mean_cost, recipe
+from mmattn.tuning.choose import DENSE, Choice, Measured, at_price, mean_cost, recipe, within
 from mmattn.tuning.state import State
 
 Progress = Callable[[int, int, str], None]
 _EVALUATIONS = 8
-"""Whole generations a PSNR budget may cost; each halves what is left of the bounds."""
+"""Whole generations a PSNR budget may cost; each halves what is left of the prices."""
+
+_PRICES = (-2.0, 4.0)
+"""Powers of ten between which the price of an error is looked for: density per relative squared error."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def tune(
     job.total = len(prompts) * (len(candidates) + 1) + (1 if min_psnr is None else _EVALUATIONS)
     measured = [job.measure(i, candidate) for i, candidate in enumerate(candidates)]
     if min_recall is not None:
-        chosen = choose(measured, recall=min_recall)
+        chosen = within(measured, min_recall)
         reached = job.generate(chosen, candidates)
         limit = f"recall of at least {min_recall}"
     else:
@@ -259,22 +262,22 @@ class _Job:
 def _bisect(
     job: _Job, measured: Sequence[Measured], candidates: Sequence[Method], budget: float
 ) -> tuple[dict[str, Choice], float]:
-    """The cheapest choice seen that keeps the PSNR; dense everywhere if none does."""
-    steps = bounds(measured)
-    low, high = -1, len(steps) - 1  # below `low` all is known to fit, above `high` nothing
-    best, reached = choose(measured, error=-1.0), float("inf")
+    """The cheapest choice seen that keeps the PSNR; dense everywhere if none does.
+
+    What an error at a site does to the picture is not known, so its price is found by trying.
+    """
+    best, reached = dict.fromkeys(measured[0], DENSE), float("inf")
+    low, high = _PRICES  # in powers of ten: too cheap, dear enough
     for _ in range(_EVALUATIONS):
-        if low >= high:
-            break
-        middle = (low + high + 1) // 2
-        chosen = choose(measured, error=steps[middle])
+        middle = (low + high) / 2
+        chosen = at_price(measured, 10**middle)
         value = job.generate(chosen, candidates)
         if value >= budget:
-            low = middle
+            high = middle
             if mean_cost(chosen) < mean_cost(best):
                 best, reached = chosen, value
         else:
-            high = middle - 1
+            low = middle
     return best, reached
 
 

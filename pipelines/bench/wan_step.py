@@ -29,8 +29,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 import mmattn
-from mmattn.compare.measure import environment
 from mmattn.evals.flops import wan_forward_flops
+from mmattn.measuring import environment
 
 RESULTS = Path(__file__).parent / "results"
 

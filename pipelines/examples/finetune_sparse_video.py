@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 import mmattn
 import mmattn.mini
-from mmattn.compare.variants import parse
 from mmattn.mini.recipe import Ema, Progress, cosine, save_half, write_record
 from mmattn.mini.train_t2v import HELD_OUT_SEED, encode_clips, evaluate
+from mmattn.variants import parse
 
 
 def encode(pipe: WanPipeline, n: int, seed: int) -> dict[str, Tensor]:

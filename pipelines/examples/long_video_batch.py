@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import mmattn
 from mmattn.batch.writers import write_video
-from mmattn.compare.calls import T2V_FRAMES, T2V_SIZE, TEXT_LENGTH
-from mmattn.compare.variants import parse
+from mmattn.calls import T2V_FRAMES, T2V_SIZE, TEXT_LENGTH
 from mmattn.loading import resolve
+from mmattn.variants import parse
 
 SIZE = {"height": T2V_SIZE, "width": T2V_SIZE, "num_frames": T2V_FRAMES}
 SIZE["max_sequence_length"] = TEXT_LENGTH  # what the embedded model needs; others know their own

@@ -10,7 +10,7 @@ from mmattn import VMoBA
 from mmattn.config import Recipe
 from mmattn.loading import resolve
 from mmattn.tuning import Tuned, default_candidates, default_prompts, tune
-from mmattn.tuning.choose import Choice, bounds, choose, mean_cost, recipe
+from mmattn.tuning.choose import Choice, at_price, mean_cost, recipe, within
 from mmattn.tuning.state import State
 
 FINE = (0.25, (3, 3), (1, 3, 3))
@@ -29,19 +29,36 @@ MEASURED = [
 
 
 def test_each_layer_gets_its_cheapest_setting_within_the_bound():
-    chosen = choose(MEASURED, recall=0.9)
+    chosen = within(MEASURED, 0.9)
     # Layer a: half density from the second step on (0.625) beats a quarter in the last alone (0.8125).
     assert chosen == {"a": Choice(0, 1, (1 + 3 * 0.5) / 4), "b": Choice(1, 0, 0.25)}
     assert mean_cost(chosen) == pytest.approx((0.625 + 0.25) / 2)
-    assert choose(MEASURED, error=-1.0) == dict.fromkeys("ab", Choice(None, 0, 1.0))
-    assert choose(MEASURED, error=1.0) == dict.fromkeys("ab", Choice(1, 0, 0.25))
-    assert bounds(MEASURED) == [0, 0.1, 0.2, 0.4, 0.5, 0.6]
-    costs = [mean_cost(choose(MEASURED, error=e)) for e in bounds(MEASURED)]
-    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
+    assert within(MEASURED, 1.0) == dict.fromkeys("ab", Choice(None, 0, 1.0))
+
+
+def test_a_price_of_error_is_paid_where_it_saves_most():
+    def total(site, option, price):
+        if option is None:
+            return 1.0
+        index, first = option
+        values = MEASURED[index][site]
+        return (first + sum(values["density"][first:])) / 4 + price * sum(
+            values["error"][first:]
+        ) / 4
+
+    options = [None, *((i, f) for i in range(2) for f in range(4))]
+    costs = []
+    for price in (0.0, 0.5, 1.0, 3.0, 8.0, 100.0):
+        chosen = at_price(MEASURED, price)
+        for site, choice in chosen.items():
+            mine = None if choice.candidate is None else (choice.candidate, choice.dense_steps)
+            assert total(site, mine, price) == min(total(site, o, price) for o in options)
+        costs.append(mean_cost(chosen))
+    assert costs == sorted(costs) and costs[0] == 0.25 and costs[-1] > 0.8
 
 
 def test_a_recipe_groups_layers_and_reads_back(tmp_path):
-    made = recipe(choose(MEASURED, recall=0.9), [HALF, QUARTER], steps=4)
+    made = recipe(within(MEASURED, 0.9), [HALF, QUARTER], steps=4)
     path = made.save(tmp_path / "r.toml", comment=["why"])
     assert mmattn.load(path) == made
     assert [m.method.dense_steps for m in made.methods] == [0.25, 0]

@@ -50,22 +50,58 @@ def within(measured: Sequence[Measured], recall: float) -> dict[str, Choice]:
     return chosen
 
 
-def at_price(measured: Sequence[Measured], price: float) -> dict[str, Choice]:
+def at_price(
+    measured: Sequence[Measured], price: float, weights: Sequence[float]
+) -> dict[str, Choice]:
     """For every site the candidate and warm-up with the least ``cost + price * error``.
 
     Costs and errors are means over all steps, where dense steps have no error. One price for all sites
     spends error where it saves most: this is how rate is allocated in coding.
+
+    Args:
+        measured: one table per candidate, means over the prompts.
+        price: density that a unit of relative squared error is worth.
+        weights: how much an error counts in each step.
     """
     chosen = {}
     for site in measured[0]:
         options = [(DENSE.cost, DENSE)]
         for index, table in enumerate(measured):
-            errors = table[site]["error"]
+            errors = [w * e for w, e in zip(weights, table[site]["error"], strict=True)]
             for first in range(len(errors)):
                 option = _option(index, first, table[site])
                 options.append((option.cost + price * sum(errors[first:]) / len(errors), option))
         chosen[site] = min(options, key=lambda pair: pair[0])[1]
     return chosen
+
+
+def uniform(measured: Sequence[Measured], candidate: int, first: int) -> dict[str, Choice]:
+    """One candidate and one number of dense first steps for every site."""
+    return {site: _option(candidate, first, v) for site, v in measured[candidate].items()}
+
+
+def step_weights(table: Measured, losses: Mapping[int, float]) -> list[float]:
+    """How much an error at a site counts in each step, from the loss of whole generations.
+
+    What two numbers of dense steps differ by is put down to the errors in the steps between them.
+
+    Args:
+        table: what was measured of the candidate that ran.
+        losses: mean squared error of the result, by number of dense first steps; 0 among them.
+
+    Returns:
+        A weight per step with mean 1, constant between the numbers in `losses`.
+    """
+    total = len(next(iter(table.values()))["error"])
+    errors = [sum(values["error"][s] for values in table.values()) for s in range(total)]
+    starts = sorted(losses)
+    weights: list[float] = []
+    for start, end in zip(starts, [*starts[1:], total], strict=True):
+        caused = losses[start] - losses.get(end, 0.0)
+        weights += [caused / max(sum(errors[start:end]), 1e-12)] * (end - start)
+    least = 0.01 * max(weights)  # a longer warm-up that happens to do worse must not earn anything
+    weights = [max(w, least) for w in weights]
+    return [w * total / sum(weights) for w in weights]
 
 
 def _option(index: int, first: int, values: Mapping[str, Sequence[float]]) -> Choice:

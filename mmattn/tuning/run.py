@@ -23,12 +23,25 @@ from mmattn.errors import BudgetNotMet, ConfigError
 from mmattn.evals.quality import psnr
 from mmattn.loading import Loaded
 from mmattn.methods.base import Method
-from mmattn.tuning.choose import DENSE, Choice, Measured, at_price, mean_cost, recipe, within
+from mmattn.tuning.choose import (
+    DENSE,
+    Choice,
+    Measured,
+    at_price,
+    mean_cost,
+    recipe,
+    step_weights,
+    uniform,
+    within,
+)
 from mmattn.tuning.state import State
 
 Progress = Callable[[int, int, str], None]
 _EVALUATIONS = 8
 """Whole generations a PSNR budget may cost; each halves what is left of the prices."""
+
+_WARMUPS = (0.0, 0.1, 0.25, 0.5)
+"""Shares of dense first steps whose effect tells how much errors count when."""
 
 _PRICES = (-2.0, 4.0)
 """Powers of ten between which the price of an error is looked for: density per relative squared error."""
@@ -107,7 +120,9 @@ def tune(
         },
     )
     job = _Job(loaded, list(prompts), steps, guidance, seed, size, state, progress)
-    job.total = len(prompts) * (len(candidates) + 1) + (1 if min_psnr is None else _EVALUATIONS)
+    job.total = len(prompts) * (len(candidates) + 1) + (
+        1 if min_psnr is None else _EVALUATIONS + len(_WARMUPS)
+    )
     measured = [job.measure(i, candidate) for i, candidate in enumerate(candidates)]
     if min_recall is not None:
         chosen = within(measured, min_recall)
@@ -264,13 +279,21 @@ def _bisect(
 ) -> tuple[dict[str, Choice], float]:
     """The cheapest choice seen that keeps the PSNR; dense everywhere if none does.
 
-    What an error at a site does to the picture is not known, so its price is found by trying.
+    What an error at a site does to the picture is not known. How much it counts in early and in late
+    steps is measured on the middle candidate, its price is found by trying.
     """
+    middle_one = sorted(range(len(measured)), key=lambda i: mean_cost(uniform(measured, i, 0)))
+    probe = middle_one[len(measured) // 2]
+    losses = {}
+    for first in sorted({int(share * job.steps) for share in _WARMUPS}):
+        chosen = uniform(measured, probe, first)
+        losses[first] = 10 ** (-job.generate(chosen, candidates) / 10)
+    weights = step_weights(measured[probe], losses)
     best, reached = dict.fromkeys(measured[0], DENSE), float("inf")
     low, high = _PRICES  # in powers of ten: too cheap, dear enough
     for _ in range(_EVALUATIONS):
         middle = (low + high) / 2
-        chosen = at_price(measured, 10**middle)
+        chosen = at_price(measured, 10**middle, weights)
         value = job.generate(chosen, candidates)
         if value >= budget:
             high = middle

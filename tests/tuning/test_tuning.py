@@ -10,7 +10,15 @@ from mmattn import VMoBA
 from mmattn.config import Recipe
 from mmattn.loading import resolve
 from mmattn.tuning import Tuned, default_candidates, default_prompts, tune
-from mmattn.tuning.choose import Choice, at_price, mean_cost, recipe, within
+from mmattn.tuning.choose import (
+    Choice,
+    at_price,
+    mean_cost,
+    recipe,
+    step_weights,
+    uniform,
+    within,
+)
 from mmattn.tuning.state import State
 
 FINE = (0.25, (3, 3), (1, 3, 3))
@@ -49,12 +57,27 @@ def test_a_price_of_error_is_paid_where_it_saves_most():
     options = [None, *((i, f) for i in range(2) for f in range(4))]
     costs = []
     for price in (0.0, 0.5, 1.0, 3.0, 8.0, 100.0):
-        chosen = at_price(MEASURED, price)
+        chosen = at_price(MEASURED, price, [1.0] * 4)
         for site, choice in chosen.items():
             mine = None if choice.candidate is None else (choice.candidate, choice.dense_steps)
             assert total(site, mine, price) == min(total(site, o, price) for o in options)
         costs.append(mean_cost(chosen))
     assert costs == sorted(costs) and costs[0] == 0.25 and costs[-1] > 0.8
+
+
+def test_steps_weigh_what_dense_warm_ups_save():
+    table = {"a": {"error": [1.0, 1.0, 1.0, 1.0]}, "b": {"error": [1.0, 1.0, 3.0, 3.0]}}
+    # The first step causes 6, the second 2, the last two together 1.6.
+    weights = step_weights(table, {0: 9.6, 1: 3.6, 2: 1.6})
+    assert sum(weights) == pytest.approx(4)
+    assert [w / weights[0] for w in weights] == pytest.approx([1, 2 / 6, 0.2 / 3, 0.2 / 3])
+    worse = step_weights(table, {0: 2.0, 1: 3.0})
+    assert min(worse) > 0, "a warm-up that does worse by chance is not worth anything negative"
+    assert uniform(MEASURED, 1, 2)["a"] == Choice(1, 2, 0.625)
+    careful = at_price(MEASURED, 1.0, [10.0, 0.1, 0.1, 0.1])
+    assert (
+        careful["a"].dense_steps == 1 and at_price(MEASURED, 1.0, [0.1] * 4)["a"].dense_steps == 0
+    )
 
 
 def test_a_recipe_groups_layers_and_reads_back(tmp_path):

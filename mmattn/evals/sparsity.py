@@ -226,6 +226,10 @@ def plot(record: dict[str, Any], path: Path) -> Path:
     rows = [row for row in record["rows"] if row["family"] != "dense"]
     warmups = sorted({row["dense_steps"] for row in rows})
     families = list(dict.fromkeys(row["family"] for row in rows))
+    # C7 is gray, the colour of the baselines.
+    cycle = [f"C{i}" for i in range(10) if i != 7]
+    chosen = [f for f in families if "random" not in f]
+    colours = {family: cycle[i % len(cycle)] for i, family in enumerate(chosen)}
     figure, axes = plt.subplots(
         2, len(warmups), figsize=(5.2 * len(warmups), 7.4), sharex=True, sharey="row", squeeze=False
     )
@@ -239,7 +243,7 @@ def plot(record: dict[str, Any], path: Path) -> Path:
                 continue
             plain = "random" in family
             style = {
-                "color": "0.45" if plain else f"C{number}",
+                "color": "0.45" if plain else colours[family],
                 "linestyle": "--" if plain else "-",
                 "marker": "osD^vPX*"[number % 8],
                 "label": family,
@@ -260,11 +264,12 @@ def plot(record: dict[str, Any], path: Path) -> Path:
     axes[1, 0].set_ylabel("PSNR against dense, dB")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    axes[1, -1].legend(fontsize=8, loc="lower right")
+    handles, names = axes[1, -1].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, loc="lower center", ncols=5)
     figure.suptitle(
         f"Embedded video model, {record['clips']} captions, {record['steps']} steps (95 % intervals)"
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -285,11 +290,12 @@ def filmstrip(
         rows.append([Image.fromarray(p).resize((p.shape[1] * scale,) * 2, 0) for p in pixels])
     width, height = rows[0][0].size
     sheet = Image.new(
-        "RGB", (left + len(rows[0]) * (width + gap), len(rows) * (height + gap)), "white"
+        "RGB", (left + len(rows[0]) * (width + gap), len(rows) * (height + gap)), (222, 222, 222)
     )
     pen = ImageDraw.Draw(sheet)
     for y, (label, strip) in enumerate(zip(labels, rows, strict=True)):
-        pen.text((6, y * (height + gap) + height // 2 - 6), label, fill="black")
+        name = label if label == "dense" else label.rsplit(" ", 2)[0]
+        pen.text((6, y * (height + gap) + height // 2 - 6), name, fill="black")
         for x, frame in enumerate(strip):
             sheet.paste(frame, (left + x * (width + gap), y * (height + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)

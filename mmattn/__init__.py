@@ -28,21 +28,35 @@ if TYPE_CHECKING:
         UnsupportedCall as UnsupportedCall,
     )
     from mmattn.layout import Layout as Layout
+    from mmattn.methods.act import ACT as ACT
     from mmattn.methods.agent_attention import AgentAttention as AgentAttention
     from mmattn.methods.attention_maps import AttentionMaps as AttentionMaps
     from mmattn.methods.base import AttentionMethod as AttentionMethod, Method as Method
+    from mmattn.methods.dola import DoLa as DoLa
+    from mmattn.methods.fastv import FastV as FastV
     from mmattn.methods.flexprefill import FlexPrefill as FlexPrefill
     from mmattn.methods.hiprune import HiPrune as HiPrune
     from mmattn.methods.identity import Identity as Identity
+    from mmattn.methods.imageguidance import ImageGuidance as ImageGuidance
+    from mmattn.methods.largepig import LargePiG as LargePiG
     from mmattn.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
+    from mmattn.methods.pai import PAI as PAI
+    from mmattn.methods.paint import PAINT as PAINT
     from mmattn.methods.proxyattn import ProxyAttn as ProxyAttn
+    from mmattn.methods.pyramiddrop import PyramidDrop as PyramidDrop
     from mmattn.methods.random_blocks import RandomBlocks as RandomBlocks
     from mmattn.methods.random_prune import RandomPrune as RandomPrune
     from mmattn.methods.sliding_window import SlidingWindow as SlidingWindow
     from mmattn.methods.sparsed import SparseD as SparseD
     from mmattn.methods.tome import ToMe as ToMe
+    from mmattn.methods.uniform_prune import UniformPrune as UniformPrune
+    from mmattn.methods.var import VAR as VAR
+    from mmattn.methods.vasparse import VASparse as VASparse
+    from mmattn.methods.vcd import VCD as VCD
     from mmattn.methods.vhr import VHR as VHR
+    from mmattn.methods.visionzip import VisionZip as VisionZip
     from mmattn.methods.vmoba import VMoBA as VMoBA
+    from mmattn.methods.zerotuning import ZeroTuning as ZeroTuning
     from mmattn.planning import Plan as Plan, plan as plan
     from mmattn.registry import register as register
     from mmattn.report import Stats as Stats
@@ -66,19 +80,33 @@ _EXPORTS = {
     "Method": "mmattn.methods.base",
     "AttentionMethod": "mmattn.methods.base",
     "Identity": "mmattn.methods.identity",
+    "ACT": "mmattn.methods.act",
     "AgentAttention": "mmattn.methods.agent_attention",
     "AttentionMaps": "mmattn.methods.attention_maps",
+    "DoLa": "mmattn.methods.dola",
+    "FastV": "mmattn.methods.fastv",
     "FlexPrefill": "mmattn.methods.flexprefill",
     "HiPrune": "mmattn.methods.hiprune",
+    "ImageGuidance": "mmattn.methods.imageguidance",
+    "LargePiG": "mmattn.methods.largepig",
     "NeighborhoodAttention": "mmattn.methods.neighborhood",
+    "PAI": "mmattn.methods.pai",
+    "PAINT": "mmattn.methods.paint",
     "ProxyAttn": "mmattn.methods.proxyattn",
+    "PyramidDrop": "mmattn.methods.pyramiddrop",
     "RandomBlocks": "mmattn.methods.random_blocks",
     "RandomPrune": "mmattn.methods.random_prune",
     "SlidingWindow": "mmattn.methods.sliding_window",
     "SparseD": "mmattn.methods.sparsed",
     "ToMe": "mmattn.methods.tome",
+    "UniformPrune": "mmattn.methods.uniform_prune",
+    "VAR": "mmattn.methods.var",
+    "VASparse": "mmattn.methods.vasparse",
+    "VCD": "mmattn.methods.vcd",
     "VHR": "mmattn.methods.vhr",
+    "VisionZip": "mmattn.methods.visionzip",
     "VMoBA": "mmattn.methods.vmoba",
+    "ZeroTuning": "mmattn.methods.zerotuning",
     "MmattnError": "mmattn.errors",
     "BudgetNotMet": "mmattn.errors",
     "ModelLoadError": "mmattn.errors",

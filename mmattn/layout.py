@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -91,11 +91,15 @@ class Tile:
     Args:
         features: ``[M, C]`` in raster order of `grid`, after the projector.
         grid: ``(Y, X)`` with ``Y * X == M``.
-        tiles: how many tiles share the budget of this image; 1 except for LLaVA-NeXT.
+        tiles: how many tiles share the budget of this image; 1 except for LLaVA-NeXT, Idefics3 and
+            SmolVLM.
         tower: vision sites where the running method acts, shallow to deep; their `state` holds what
             the method's `attend` left there during this call.
-        gather: turns what `attend` recorded per patch at one site, one ``[T, N]`` tensor per attention
-            call, into ``[M]`` numbers, one per token of this tile.
+        gather: turns what `attend` recorded per patch at one site, one ``[T, N]`` or ``[T, N, E]`` tensor
+            per attention call, into ``[M]`` or ``[M, E]`` numbers, one per token of this tile.
+        text: ``[L, C]`` embeddings of the text of the prompt that shows the image, padding left out.
+        raw: ``[M, E]`` features before the projector, where it works token by token (LLaVA), else None.
+        project: that projector, ``[K, E]`` -> ``[K, C]``.
     """
 
     features: torch.Tensor
@@ -103,3 +107,18 @@ class Tile:
     tiles: int
     tower: tuple[Site, ...]
     gather: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    text: torch.Tensor | None = None
+    raw: torch.Tensor | None = None
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+class Kept(NamedTuple):
+    """What a features method may return in place of indices: the tokens of a tile to keep, and new ones.
+
+    Args:
+        indices: ``[K]`` ascending; the kept tokens stay at their places in the prompt.
+        features: ``[K, C]`` what is shown there.
+    """
+
+    indices: torch.Tensor
+    features: torch.Tensor

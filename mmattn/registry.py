@@ -19,20 +19,34 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "mmattn.methods"
 
 BUILTIN: dict[str, str] = {
+    "act": "mmattn.methods.act:ACT",
     "agent-attention": "mmattn.methods.agent_attention:AgentAttention",
     "attention-maps": "mmattn.methods.attention_maps:AttentionMaps",
+    "dola": "mmattn.methods.dola:DoLa",
+    "fastv": "mmattn.methods.fastv:FastV",
     "flexprefill": "mmattn.methods.flexprefill:FlexPrefill",
     "hiprune": "mmattn.methods.hiprune:HiPrune",
     "identity": "mmattn.methods.identity:Identity",
+    "image-guidance": "mmattn.methods.imageguidance:ImageGuidance",
+    "largepig": "mmattn.methods.largepig:LargePiG",
     "neighborhood": "mmattn.methods.neighborhood:NeighborhoodAttention",
+    "pai": "mmattn.methods.pai:PAI",
+    "paint": "mmattn.methods.paint:PAINT",
     "proxyattn": "mmattn.methods.proxyattn:ProxyAttn",
+    "pyramiddrop": "mmattn.methods.pyramiddrop:PyramidDrop",
     "random-blocks": "mmattn.methods.random_blocks:RandomBlocks",
     "random-prune": "mmattn.methods.random_prune:RandomPrune",
     "sliding-window": "mmattn.methods.sliding_window:SlidingWindow",
     "sparsed": "mmattn.methods.sparsed:SparseD",
     "tome": "mmattn.methods.tome:ToMe",
+    "uniform-prune": "mmattn.methods.uniform_prune:UniformPrune",
+    "var": "mmattn.methods.var:VAR",
+    "vasparse": "mmattn.methods.vasparse:VASparse",
+    "vcd": "mmattn.methods.vcd:VCD",
     "vhr": "mmattn.methods.vhr:VHR",
+    "visionzip": "mmattn.methods.visionzip:VisionZip",
     "vmoba": "mmattn.methods.vmoba:VMoBA",
+    "zerotuning": "mmattn.methods.zerotuning:ZeroTuning",
 }
 
 _registered: dict[str, type[Any]] = {}

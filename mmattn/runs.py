@@ -12,6 +12,7 @@ from mmattn.clock import StepClock
 from mmattn.errors import ConfigError, SeamNotReached
 from mmattn.layout import Layout
 from mmattn.methods.base import Method
+from mmattn.rebind import SLOT
 from mmattn.sites import Site
 
 LayoutReader = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Layout | None]
@@ -42,6 +43,44 @@ class Root:
     excluded: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class Pictures:
+    """How a vision-language model was last asked for image features.
+
+    Args:
+        ids: token ids that stand for image features in a prompt.
+        module: the model that puts features among the token embeddings, or None.
+        arguments: of its last `get_image_features`, by name; None before one was recorded.
+        features: what that call returned, one tensor per image.
+    """
+
+    ids: tuple[int, ...] = ()
+    module: torch.nn.Module | None = None
+    arguments: dict[str, Any] | None = None
+    features: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
+class ModelCall:
+    """The running call of a root, for methods that act on what it returns.
+
+    Args:
+        module: the root.
+        arguments: what the call was given, by name.
+        cache: its key/value cache, given or made by the call; None without one.
+        past: tokens in that cache when the call began.
+        decoder: attention sites of the language model behind the logits, shallow to deep.
+        pictures: where its image features come from; None where there are none.
+    """
+
+    module: torch.nn.Module
+    arguments: dict[str, Any]
+    cache: Any = None
+    past: int = 0
+    decoder: list[Site] = field(default_factory=list)
+    pictures: Pictures | None = None
+
+
 class Run:
     """State shared by the sites of one root: layout, branch, method phases, per-site memory."""
 
@@ -69,6 +108,10 @@ class Run:
         self.sites: list[Site] = []
         self.phases: list[int | bool | None] = [None] * len(self.methods)
         self.intact: Callable[[], str | None] = lambda: None
+        self.call: ModelCall | None = None  # while methods of the logits seam look at it
+        # Inside a second forward that a method runs, another branch of the memory is in use.
+        self.stream = 0
+        self.carried: list[Any] = []  # host objects whose attributes belong to one generation
         self._calls_in_step = 0
         self._shared: dict[tuple[int, int], dict[str, Any]] = {}
         self._generators: dict[tuple[int, str], torch.Generator] = {}
@@ -84,6 +127,16 @@ class Run:
         self.timed = clock.running
         for slot, method in enumerate(self.methods):
             self.phases[slot] = method.phase(clock.index, clock.total)
+
+    @property
+    def peers(self) -> list[Run]:
+        """This run, and the runs of the same session at modules below its root."""
+        found: dict[int, Run] = {id(self): self}
+        for module in self.root.module.modules():
+            site = module.__dict__.get(SLOT)
+            if site is not None and site.run is not None and site.run.clock is self.clock:
+                found.setdefault(id(site.run), site.run)
+        return list(found.values())
 
     @property
     def step(self) -> int | None:
@@ -180,7 +233,7 @@ class Run:
                 f"{replaced} was replaced after mmattn attached to it (fuse_qkv_projections and "
                 "set_attn_processor do that). Detach, make the change, then attach again."
             )
-        self.branch = self._calls_in_step if self.timed else 0
+        self.branch = self._calls_in_step if self.timed else self.stream
         self._calls_in_step += 1
         self.forwards += 1
         self.broken_off = self.root.begin is None  # until the end is reached

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mmattn import __version__
-from mmattn.cli import look, make, mini, tune, weigh
+from mmattn.cli import evaluate, look, make, mini, tune, weigh
 
 app = typer.Typer(
     name="mmattn",
@@ -26,6 +26,7 @@ app = typer.Typer(
 look.register(app)
 make.register(app)
 weigh.register(app)
+evaluate.register(app)
 tune.register(app)
 app.add_typer(mini.app, name="mini", help="The embedded models: list, train, verify.")
 

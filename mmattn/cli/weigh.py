@@ -1,4 +1,4 @@
-"""Verbs that weigh methods against the untouched model: ``compare``, ``bench``, ``eval``."""
+"""Verbs that weigh methods against the untouched model: ``compare``, ``bench``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command("compare")(compare)
     app.command("bench")(bench)
-    app.command("eval")(evaluate)
 
 
 @contextlib.contextmanager
@@ -130,75 +129,6 @@ def _verdict(report: Any) -> None:
                 say(f"{section.model} {outcome.label}: {outcome.error}")
     if report.interrupted:
         say("interrupted; the report holds what was done by then")
-
-
-@guarded
-def evaluate(
-    model: Annotated[str, typer.Argument(help="t2i, t2v, vlm or vit.")],
-    method: Methods = None,
-    changes: Set = None,
-    seed: Seed = 0,
-    steps: Steps = 20,
-    guidance: Guidance = 3.0,
-    samples: Samples = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-    quiet: Quiet = False,
-    config: Config = None,
-) -> None:
-    """Measure quality on an embedded model, where the truth is known: oracle, CHAIR, POPE, top-1."""
-    chosen = common.columns(method, changes if method else None)
-    common.check_device(device)
-    common.quiet_libraries()
-    from mmattn.compare.jobs import Settings, work
-    from mmattn.compare.results import Section, shown
-    from mmattn.compare.run import default_columns, jobs_for
-
-    settings = Settings(Path("."), seed, steps, guidance, samples, device)
-    job = jobs_for([model], settings)[0]
-    section = Section(job.name, job.title, job.lead, job.count, job.columns)
-    columns = chosen or default_columns([section], changes or ())[0]
-    progress = _bar(quiet)
-    done = 0
-
-    def tick(what: str) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, 1 + len(columns), what)
-
-    work(job, columns, section, tick, figures=False)
-    rows = [outcome for outcome in section.outcomes if outcome.status == "ok"]
-    if as_json:
-        emit_json(
-            {
-                "model": model,
-                "samples": job.count,
-                "seed": seed,
-                "rows": [
-                    {"label": o.label, "methods": o.methods, "seconds": o.seconds, **o.quality}
-                    for o in rows
-                ],
-                "problems": section.problems
-                + [f"{o.label}: {o.error}" for o in section.outcomes if o.status != "ok"],
-            }
-        )
-    elif rows:
-        head = ["", *(column.label for column in section.columns)]
-        table = [
-            [o.label, *(shown(o.quality.get(c.key), c.style) for c in section.columns)]
-            for o in rows
-        ]
-        emit(common.rows_as_text(head, table))
-    for text in section.problems:
-        say(f"{model}: {text}")
-    for outcome in section.outcomes:
-        if outcome.status != "ok":
-            say(f"{model} {outcome.label}: {outcome.error}")
-    if not rows:
-        raise typer.Exit(common.NOTHING_DONE)
-    if section.failed or len(rows) < len(section.outcomes):
-        raise typer.Exit(common.SOME_FAILED)
 
 
 @guarded

@@ -7,7 +7,7 @@ only matrix products count (no softmax, norms, activations or rotary embeddings)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import cos, pi, prod
 
 from mmattn.layout import Grid
 
@@ -120,3 +120,67 @@ def wan_forward_flops(
     cross += attention_flops(1, 1, s, text, dim)
     feed_forward = 2 * linear_flops(s, dim, ffn)
     return layers * (projections + attention + cross + feed_forward)
+
+
+def llava_prefill_flops(
+    vision: float | Sequence[float],
+    *,
+    text: float = 49,
+    layers: int = 32,
+    dim: int = 4096,
+    ffn: int = 11008,
+    vocab: int = 32000,
+    tower: bool = True,
+) -> float:
+    """FLOPs of the linear layers of LLaVA-1.5 that reads one picture and a question.
+
+    With t text and v image tokens, a decoder layer costs ``2 (t + v) (4 dim^2 + 3 dim ffn)`` and the output
+    layer ``2 (t + v) dim vocab``. In front of it are 24 blocks of CLIP-L/14 at 336 pixels over 577
+    tokens, 0.348e12, and the projector over all 576, 0.024e12; tokens are dropped after both. The products
+    of attention are left out, unlike elsewhere in this file.
+
+    It is the count behind the table of "HiPrune", arXiv 2508.00553 (7B, the defaults here), in units of
+    1e12:
+
+    | image tokens | here | paper |
+    |--------------|------|-------|
+    | 576          | 8.63 | 8.63  |
+    | 192          | 3.56 | 3.56  |
+    | 128          | 2.71 | 2.71  |
+    | 64           | 1.87 | 1.87  |
+
+    The paper does not say how long its prompt is; 49 is the number of text tokens that gives all four.
+
+    Args:
+        vision: image tokens in the language model; one number per layer where layers differ, of which
+            the last counts for the output layer too.
+        text: text tokens.
+        layers: decoder layers.
+        dim: channels.
+        ffn: hidden channels of the feed-forward.
+        vocab: rows of the output layer.
+        tower: whether the vision tower and the projector count.
+
+    Raises:
+        ValueError: when `vision` has another length than the decoder.
+    """
+    each = list(vision) if isinstance(vision, Sequence) else [vision] * layers
+    if len(each) != layers:
+        raise ValueError(f"Found {len(each)} numbers of image tokens for {layers} layers.")
+    width = 4 * dim + 3 * ffn
+    total = sum(linear_flops(1, dim, width) * (text + v) for v in each)
+    total += linear_flops(1, dim, vocab) * (text + each[-1])
+    if tower:
+        total += 24 * 577 * linear_flops(1, 1024, 4 * 1024 + 2 * 4096)
+        total += 576 * (linear_flops(1, 1024, dim) + linear_flops(1, dim, dim))
+    return total
+
+
+def cosine_ratios(layers: int = 32, dense: float = 0.85, least: float = 0.15) -> list[float]:
+    """Share of the image tokens that each layer of p-MoD ("p-MoD", arXiv 2412.04449) processes.
+
+    Half a cosine from 1 in the first layer to 0 in the last; layers above `dense` process all tokens, and
+    none fewer than `least`. The mean over 32 layers is 0.5375.
+    """
+    curve = [0.5 * cos(pi * i / max(1, layers - 1)) + 0.5 for i in range(layers)]
+    return [1.0 if ratio > dense else max(ratio, least) for ratio in curve]

@@ -22,11 +22,38 @@ were made to break the habit of the training set.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
+
+from mmattn.errors import ConfigError
+from mmattn.evals._protocol import (
+    Item,
+    Picture,
+    Protocol,
+    Rate,
+    World,
+    opener,
+    picture_file,
+    put_lines,
+    ratio,
+    records,
+)
+
+RATES = (
+    Rate("f1", "F1", "percent", "high"),
+    Rate("f1_adversarial", "F1 adversarial", "percent", "high"),
+    Rate("accuracy", "accuracy", "percent", "high"),
+    Rate("yes_ratio", "yes", "percent"),
+    Rate("unparsed", "unparsed", "percent", "low"),
+)
+"""What a table shows; means over the splits. "yes" is the share of yes among the model's answers."""
+
+LIMIT, MINI_LIMIT = 16, 2
+"""Most tokens of an answer, for other models and for the embedded one."""
 
 Split = Literal["random", "popular", "adversarial"]
 Parse = Literal["official", "strict", "xor"]
@@ -235,3 +262,192 @@ def ask(
         )
         for split, questions in splits.items()
     }
+
+
+def rates(totals: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`PopeScore` of every split (``f1_popular``, ...) from summed counts, and the means over splits."""
+    found: dict[str, torch.Tensor] = {}
+    splits = [name.removesuffix(".count") for name in totals if name.endswith(".count")]
+    for split in splits:
+        count, hits = totals[f"{split}.count"], totals[f"{split}.hits"]
+        said_yes, is_yes = totals[f"{split}.said_yes"], totals[f"{split}.is_yes"]
+        precision, recall = ratio(hits, said_yes), ratio(hits, is_yes)
+        numbers = {
+            "accuracy": ratio(totals[f"{split}.right"], count),
+            "precision": precision,
+            "recall": recall,
+            "f1": ratio(2 * precision * recall, precision + recall),
+            "yes_ratio": ratio(said_yes, count),
+            "unparsed": ratio(totals[f"{split}.unparsed"], count),
+        }
+        found |= {f"{name}_{split}": value for name, value in numbers.items()}
+    means = ("f1", "accuracy", "precision", "recall", "yes_ratio", "unparsed")
+    averages = {m: sum(found[f"{m}_{s}"] for s in splits) / len(splits) for m in means}
+    return {**averages, **found}  # type: ignore[dict-item]
+
+
+class Pope(Protocol):
+    """Yes-or-no questions in one or several splits (``doc["category"]``).
+
+    Args:
+        items: Questions; ``target`` is yes or no.
+        picture: Opens pictures.
+        origin: Where they come from.
+        parse: How answers are read, see `parse_answer`. It can be changed without asking again.
+    """
+
+    name: ClassVar[str] = "pope"
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        picture: Picture | None,
+        origin: Mapping[str, Any],
+        parse: Parse = "official",
+    ) -> None:
+        super().__init__(items, picture, origin)
+        parse_answer("", parse)
+        self.parse: Parse = parse
+
+    @classmethod
+    def from_world(
+        cls,
+        world: World,
+        *,
+        parse: Parse = "official",
+        embedded: bool = True,
+        suffix: str = "",
+        limit: int | None = None,
+    ) -> Pope:
+        """Three splits of six questions per procedural scene; habit is counted in the training world."""
+        generator = torch.Generator().manual_seed(world.seed)
+        shuffled = [
+            [scene.names[i] for i in torch.randperm(len(scene.names), generator=generator)]
+            for scene in world.scenes
+        ]
+        limit = limit or (MINI_LIMIT if embedded else LIMIT)
+        items = []
+        for split in SPLITS:
+            questions = build(shuffled, split, generator=generator, reference=world.habit)
+            for n, question in enumerate(questions, 1):
+                label = "yes" if question.answer else "no"
+                items.append(
+                    _item(n, str(question.picture), question.text, label, split, suffix, limit)
+                )
+        return cls(items, world.picture, world.origin, parse)
+
+    @classmethod
+    def from_files(
+        cls,
+        questions: Sequence[Path],
+        *,
+        images: Path | None = None,
+        parse: Parse = "official",
+        suffix: str = "",
+        limit: int | None = None,
+    ) -> Pope:
+        """Published question files, one split each: JSONL of ``{"question_id", "image", "text", "label"}``.
+
+        Raises:
+            ConfigError: For a line of another form, a label that is neither yes nor no, a picture that is
+                not in `images`, or two files of one name. The line is named.
+        """
+        items: dict[str, Item] = {}
+        for path in questions:
+            split = _split_of(path)
+            for place, row in records(path, "question_id", "image", "text", "label"):
+                label = str(row["label"]).strip().lower()
+                if label not in ("yes", "no"):
+                    raise ConfigError(
+                        f"{place}: the label must be yes or no, found {row['label']!r}"
+                    )
+                file = picture_file(images, str(row["image"]), place)
+                item = _item(
+                    row["question_id"], file, str(row["text"]), label, split, suffix, limit or LIMIT
+                )
+                if item.id in items:
+                    raise ConfigError(f"{place}: {item.id} is there twice")
+                items[item.id] = item
+        origin = {"questions": [path.name for path in questions]}
+        return cls(list(items.values()), opener(images), origin, parse)
+
+    def filtered(self, item: Item, response: str) -> str:
+        """The answer as yes, no, or as it is."""
+        return {True: "yes", False: "no"}.get(parse_answer(response, self.parse), response)  # type: ignore[arg-type]
+
+    def tally(self, items: Sequence[Item], responses: Sequence[str]) -> dict[str, float]:
+        """Counts of one picture, by split."""
+        counts: Counter[str] = Counter()
+        for item, text in zip(items, responses, strict=True):
+            split, said = item.doc["category"], parse_answer(text, self.parse)
+            truth = item.target == "yes"
+            counts[f"{split}.count"] += 1
+            counts[f"{split}.hits"] += said is True and truth
+            counts[f"{split}.said_yes"] += said is True
+            counts[f"{split}.is_yes"] += truth
+            counts[f"{split}.right"] += said is truth
+            counts[f"{split}.unparsed"] += said is None
+        return dict(counts)
+
+    def payload(self, item: Item, response: str) -> dict[str, Any]:
+        """The entries of lmms-eval's task; its ``pope_yes_ratio`` counts the truth, ours the predictions."""
+        said = self.filtered(item, response)
+        entry = {
+            "question_id": item.doc["question_id"],
+            "score": float(said == item.target),
+            "prediction": said,
+            "ground_truth": item.target,
+        }
+        names = ("accuracy", "precision", "recall", "f1_score", "yes_ratio")
+        return {f"pope_{name}": entry for name in names}
+
+    def write(self, folder: Path, responses: Sequence[str]) -> None:
+        """``questions_<split>.jsonl`` and ``answers_<split>.jsonl``, which the original's scorer reads."""
+        pairs = list(zip(self.items, responses, strict=True))
+        for split in dict.fromkeys(item.doc["category"] for item in self.items):
+            chosen = [(i, text) for i, text in pairs if i.doc["category"] == split]
+            questions = [
+                {
+                    "question_id": i.doc["question_id"],
+                    "image": i.doc["image"],
+                    "text": i.doc["question"],
+                    "label": i.target,
+                }
+                for i, _ in chosen
+            ]
+            put_lines(folder / f"questions_{split}.jsonl", questions)
+            answers = [{"question": i.doc["question"], "answer": text} for i, text in chosen]
+            put_lines(folder / f"answers_{split}.jsonl", answers)
+
+    def read_answers(self, paths: Sequence[Path]) -> list[str]:
+        """Finished answers: JSONL of ``{"question", "answer"}``, one file per question file, in its order.
+
+        Raises:
+            ConfigError: When the questions are others, or their number is.
+        """
+        rows = [entry for path in paths for entry in records(path, "question", "answer")]
+        if len(rows) != len(self.items):
+            raise ConfigError(
+                f"{', '.join(path.name for path in paths)}: found {len(rows)} answers to "
+                f"{len(self.items)} questions"
+            )
+        for (place, row), item in zip(rows, self.items, strict=True):
+            if str(row["question"]).strip() != item.doc["question"].strip():
+                raise ConfigError(
+                    f"{place} answers {row['question']!r}, but {item.id} asks "
+                    f"{item.doc['question']!r}; answers come in the order of the questions"
+                )
+        return [str(row["answer"]) for _, row in rows]
+
+
+def _item(
+    number: Any, picture: str, text: str, label: str, split: str, suffix: str, limit: int
+) -> Item:
+    doc = {"question_id": number, "question": text, "answer": label}
+    doc |= {"image": picture, "category": split}
+    return Item(f"{split}/{number}", picture, text + suffix, label, doc, limit)
+
+
+def _split_of(path: Path) -> str:
+    """``coco_pope_popular.json`` is the popular split; other files are named after themselves."""
+    return next((split for split in SPLITS if split in path.stem), path.stem)

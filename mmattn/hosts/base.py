@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 
 from mmattn.errors import DetachConflict, UnsupportedCall
 from mmattn.rebind import SLOT
-from mmattn.runs import Root, Run, removable_hook
+from mmattn.runs import ModelCall, Pictures, Root, Run, removable_hook
 from mmattn.seams import Seam
 from mmattn.sites import Site
 
@@ -94,35 +95,72 @@ class LogitsHook:
     """Passes what a root returns through the ``logits`` seam of every method that has it.
 
     The methods see the first planned site of the root, or, where they act at no site, one of kind
-    ``logits`` made for them.
+    ``logits`` made for them. While they run, ``run.call`` holds the arguments of the root's call.
+
+    Args:
+        decoder: attention sites of the language model behind the logits.
+        pictures: where its image features come from.
     """
 
-    def __init__(self, root: Root, sites: list[Site], run: Run) -> None:
+    def __init__(
+        self,
+        root: Root,
+        sites: list[Site],
+        run: Run,
+        *,
+        decoder: list[Site] | None = None,
+        pictures: Pictures | None = None,
+    ) -> None:
         self.root, self.run = root, run
+        self.decoder, self.pictures = decoder or [], pictures
         self.site = sites[0] if sites else Site(root.name or "logits", "logits", root.module)
         self.methods = [(i, m) for i, m in enumerate(run.methods) if "logits" in m.seams]
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._names = list(inspect.signature(type(root.module).forward).parameters)[1:]
 
     def install(self) -> None:
-        """Hook the root's output."""
+        """Hook the root's call and its output."""
         if self.site not in self.run.sites:
             self.site.run = self.run
             self.run.sites.append(self.site)
-        self._hook = self.root.module.register_forward_hook(removable_hook(self._call))
+        module = self.root.module
+        before = removable_hook(self._begin, pre=True)
+        self._hooks = [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(removable_hook(self._call)),
+        ]
 
     def check(self) -> str | None:
         """Nothing can replace a hook."""
         return None
 
     def remove(self) -> None:
-        """Take the hook off."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _begin(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self.run.enabled or torch.compiler.is_compiling():
+            return
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        cache: Any = given.get("cache", given.get("past_key_values"))
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        self.run.call = ModelCall(module, given, cache, past, self.decoder, self.pictures)
 
     def _call(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         if not self.run.enabled:
             return None
+        call = self.run.call
+        if call is not None and call.cache is None:
+            made = getattr(output, "cache", None)
+            call.cache = getattr(output, "past_key_values", None) if made is None else made
+        try:
+            return self._changed(output)
+        finally:
+            self.run.call = None
+
+    def _changed(self, output: Any) -> Any:
         if isinstance(output, torch.Tensor):
             return self._through(output)
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):

@@ -8,6 +8,8 @@ are still made by the model for its own implementation and padding cannot get lo
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,10 +32,11 @@ from mmattn.hosts.transformers_layout import (
     role_of,
     seamable,
     tag_of,
+    takes_tokens,
     vision_layout,
 )
-from mmattn.rebind import SLOT
-from mmattn.runs import Root
+from mmattn.rebind import SLOT, subclass
+from mmattn.runs import Pictures, Root
 from mmattn.seams import Seam
 from mmattn.sites import Site
 
@@ -49,6 +52,8 @@ class Tower(Root):
         family: how that model packs its image features; None where pruning is not known.
         vision: sites of the vision tower that feeds this language tower.
         prunable: whether any tower of the target has a `family`.
+        decoder: sites of the language tower behind the logits; the whole model only.
+        pictures: the last call for image features, shared by the language tower and the whole model.
     """
 
     role: str = "language"
@@ -57,6 +62,8 @@ class Tower(Root):
     family: Family | None = None
     vision: list[Site] = field(default_factory=list)
     prunable: bool = False
+    decoder: list[Site] = field(default_factory=list)
+    pictures: Pictures | None = None
 
 
 class TransformersHost:
@@ -69,7 +76,8 @@ class TransformersHost:
     Qwen2-VL, Qwen2.5-VL).
 
     Decoder sites see the padding mask as the model made it, key and value heads not repeated, and
-    `Layout.image_mask` of the prompt, during decoding too.
+    `Layout.image_mask` of the prompt, during decoding too. Their tokens seam is the whole block, before
+    its first norm; elsewhere it is the attention module.
 
     With a features method the language model gets fewer tokens than `input_ids` has. `generate` returns
     what it always returns; the logits and hidden states of a bare forward have the shorter length, so
@@ -107,7 +115,8 @@ class TransformersHost:
             if home not in towers:
                 towers[home] = Tower(home, modules[home], role=role_of(modules[home]))
             if known:
-                towers[home].sites.append(self._site(path, module, towers[home]))
+                block = modules.get(path.rpartition(".")[0])
+                towers[home].sites.append(self._site(path, module, towers[home], block))
             else:
                 towers[home].excluded[path] = (
                     f"{type(module).__name__} computes its softmax itself instead of asking "
@@ -120,17 +129,25 @@ class TransformersHost:
         if "" not in towers:  # the whole model has no sites of its own, but it returns the logits
             prunable = any(tower.prunable for tower in towers.values())
             towers[""] = Tower("", target, role="whole", prunable=prunable)
+        language = next((t for t in towers.values() if t.tokens is not None), None)
+        if language is not None:
+            towers[""].decoder, towers[""].pictures = language.sites, language.pictures
         return list(towers.values())
 
-    def _site(self, path: str, module: torch.nn.Module, tower: Tower) -> Site:
+    def _site(
+        self, path: str, module: torch.nn.Module, tower: Tower, block: torch.nn.Module | None
+    ) -> Site:
+        tag, kind = tag_of(tower.role, module), kind_of(path, module)
+        whole = tag == "decoder" and kind == "self" and takes_tokens(block)
         return Site(
             path=path,
-            kind=kind_of(path, module),
+            kind=kind,
             module=module,
             heads=heads_of(module),
             host=self.name,
             family=type(tower.module).__name__,
-            tags=frozenset({tag_of(tower.role, module)}),
+            token_module=block if whole else None,
+            tags=frozenset({tag}),
         )
 
     def _connect(self, modules: dict[str, torch.nn.Module], towers: dict[str, Tower]) -> None:
@@ -148,6 +165,7 @@ class TransformersHost:
                     site.tags |= {"multimodal"}
             tower.layout = tower.tokens.layout
             tower.fusion = fusion
+            tower.pictures = Pictures(tower.tokens.ids, fusion)
             tower.family = family_of(fusion)
             if tower.family is not None:
                 eyes = tower.family.tower(fusion)
@@ -168,9 +186,13 @@ class TransformersHost:
         for site in list(sites):
             rebound = seam.rebound(type(site.module).forward)
             assert rebound is not None, "only seamable modules become sites"
-            tokens = bool(site.token_methods)
-            cls = seam.attention_class(type(site.module), "forward", rebound, tokens=tokens)
+            tokens, block = bool(site.token_methods), site.token_module
+            own = tokens and block is None
+            cls = seam.attention_class(type(site.module), "forward", rebound, tokens=own)
             made.append(ClassSwap(site.module, cls, site, site.path))
+            if tokens and block is not None:
+                cls = seam.block_class(type(block))
+                made.append(ClassSwap(block, cls, site, f"{site.path} (its block)"))
         features = [(i, m) for i, m in enumerate(seam.run.methods) if "features" in m.seams]
         if features and not root.prunable:
             raise NoSiteError(
@@ -182,9 +204,12 @@ class TransformersHost:
             names = " and ".join(m.name for _, m in features)
             raise ConflictError(f"{names} both prune the image tokens; attach one of them.")
         if "logits" in seams and root.name == "":
-            made.append(LogitsHook(root, sites, seam.run))
+            decoder, pictures = root.decoder, root.pictures
+            made.append(LogitsHook(root, sites, seam.run, decoder=decoder, pictures=pictures))
         if root.tokens is None:
             return made
+        seam.run.carried += [root.tokens, root.pictures]
+        watched = _watched(root, seam)
         twin = any(m.twin for site in sites for _, m in (*site.attention, *site.head_methods))
         if root.tokens.ids:
             made.append(Hooks(before=[(embedding_of(root.module), root.tokens.see)]))
@@ -207,10 +232,17 @@ class TransformersHost:
             )
             sites.append(place)
             hook = LanguageHook(root, seam.run, root.tokens, place, twin=twin)
-            recording = hook.recording(type(root.fusion))
+            seam.run.carried.append(hook)
+            recording = hook.recording(watched or type(root.fusion))
             made += [hook, ClassSwap(root.fusion, recording, place, place.path)]
-        elif twin:
-            made.append(LanguageHook(root, seam.run, root.tokens, None, twin=True))
+            return made
+        if twin:
+            hook = LanguageHook(root, seam.run, root.tokens, None, twin=True)
+            seam.run.carried.append(hook)
+            made.append(hook)
+        if watched is not None and root.fusion is not None:
+            place = Site("image_features", "features", root.fusion, run=seam.run)
+            made.append(ClassSwap(root.fusion, watched, place, f"{root.name} (image features)"))
         return made
 
 
@@ -239,6 +271,37 @@ def _fusion(modules: dict[str, torch.nn.Module], name: str) -> torch.nn.Module |
         if config is not None and placeholders(config):
             return modules[name]
     return None
+
+
+def _watched(root: Tower, seam: Seam) -> type | None:
+    """Subclass of the fusion model that remembers its calls for image features, where a method asks.
+
+    `generate` computes features once, ahead of the prefill, and does not pass on the pixels.
+    """
+    base: Any = type(root.fusion)
+    pictures, run, stock = root.pictures, seam.run, getattr(base, "get_image_features", None)
+    if stock is None or not any("pixels" in method.needs for method in run.methods):
+        return None
+    assert root.fusion is not None and pictures is not None
+    if SLOT in root.fusion.__dict__:
+        raise ConflictError(
+            f"Another mmattn session already takes part in the image features of {root.name}; detach it "
+            "first."
+        )
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = stock(self, *args, **kwargs)
+        if run.enabled and not torch.compiler.is_compiling():
+            given = dict(signature.bind(self, *args, **kwargs).arguments)
+            given.update(given.pop("kwargs", {}))
+            del given["self"]
+            pictures.arguments = given
+            pictures.features = list(getattr(out, "pooler_output", ()))
+        return out
+
+    return subclass(base, get_image_features=get_image_features)
 
 
 def _tag_vision(tower: Tower, languages: list[Tower]) -> None:

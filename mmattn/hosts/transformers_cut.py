@@ -1,14 +1,15 @@
-"""Tools of the language hook: removable hooks, cutting columns out of a prompt, cutting rows off."""
+"""Tools of the language hook: removable hooks, whose images a prompt shows, cutting columns and rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from mmattn.errors import UnsupportedCall
+from mmattn.hosts.transformers_features import Packed
 from mmattn.hosts.transformers_layout import argument
 from mmattn.runs import removable_hook
 
@@ -45,6 +46,84 @@ class Hooks:
         for hook in self._installed:
             hook.remove()
         self._installed = []
+
+
+@dataclass
+class Seen:
+    """The images that the vision tower saw last, and what was made of them.
+
+    Args:
+        call: arguments of the `get_image_features` call.
+        images: how the prompt holds each.
+        features: ``[L, C]`` of each, as the prompt holds them.
+        tokens: the tower tokens, see `transformers_features`.
+        raw: the projector's input, where the family's projector works token by token.
+        texts: of each image's prompt, ``[L, C]``, when the tokens were chosen.
+        kept: per image ``[L]``, True at tokens to keep.
+        shown: per image ``[L, C]``, what to show instead of `features`; empty where nothing is new.
+    """
+
+    call: dict[str, Any]
+    images: list[Packed]
+    features: list[torch.Tensor]
+    tokens: torch.Tensor
+    raw: torch.Tensor | None
+    texts: list[torch.Tensor] | None = None
+    kept: list[torch.Tensor] = field(default_factory=list)
+    shown: list[torch.Tensor] = field(default_factory=list)
+
+    def settle(
+        self, texts: list[torch.Tensor], kept: torch.Tensor, new: torch.Tensor | None
+    ) -> None:
+        """Note what was chosen, in tower tokens: ``kept [T]``, and ``new [T, C]`` features or None."""
+        self.texts, self.kept, self.shown = texts, [], []
+        for image, features in zip(self.images, self.features, strict=True):
+            patch, source = image.source >= 0, image.source.clamp(min=0)
+            self.kept.append(~patch | kept[source])
+            if new is not None:
+                self.shown.append(torch.where(patch[:, None], new[source], features))
+
+    def answers(self, texts: list[torch.Tensor]) -> bool:
+        """Whether the choice was made for prompts that begin like these.
+
+        A generation without a key/value cache runs the prompt again and again, longer every time.
+        """
+        return self.texts is not None and all(
+            len(now) >= len(then) and torch.equal(now[: len(then)], then)
+            for now, then in zip(texts, self.texts, strict=True)
+        )
+
+    def by_row(self, mask: torch.Tensor, embeds: torch.Tensor) -> list[tuple[slice, list[int]]]:
+        """Which images each row of a prompt shows; rows that share theirs (beams) come together.
+
+        Args:
+            mask: ``[B, N]`` True at image tokens.
+            embeds: ``[B, N, C]``.
+
+        Raises:
+            UnsupportedCall: when the prompt's image tokens are not these images.
+        """
+        counts, found = mask.sum(1).tolist(), []
+        copies = sum(counts) / max(1, sum(len(f) for f in self.features))
+        step = max(1, int(copies))
+        left = list(range(len(self.features)))
+        for row in range(0, len(counts), step):
+            alike, held = slice(row, row + step), list[int]()
+            while left and sum(len(self.features[i]) for i in held) < counts[row]:
+                held.append(left.pop(0))
+            features = torch.cat([embeds[row][:0], *(self.features[i].to(embeds) for i in held)])
+            same = len(features) == counts[row] and bool((mask[alike] == mask[row]).all())
+            if (
+                copies != int(copies)
+                or not same
+                or not torch.equal(embeds[row][mask[row]], features)
+            ):
+                raise UnsupportedCall(
+                    f"The image tokens of row {row} are not the features that the vision tower computed "
+                    "last, so what is chosen for those does not apply. Pass pixel_values in the call."
+                )
+            found.append((alike, held))
+        return found
 
 
 @dataclass

@@ -3,12 +3,17 @@
 A family answers: which tower and which feature layer feed the language model, where each token of the
 prompt comes from, and how numbers per patch of the tower become numbers per token. "Tower tokens" are
 the projected features of all tiles of a call, one after the other, before any packing.
+
+InstructBLIP is left out on purpose: its 32 tokens are answers of a Q-Former to learned queries. They have
+no grid and no patches, so there is nothing that attention over patches could say about one of them, and
+with 32 tokens there is little to save.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -30,7 +35,13 @@ class Packed:
 
 
 class Family:
-    """One way of packing; `call` holds the arguments of the running fusion call."""
+    """One way of packing; `call` holds the arguments of the running fusion call.
+
+    Class attributes:
+        tokenwise: whether the projector takes ``[tiles, M, E]`` and treats every token by itself.
+    """
+
+    tokenwise = False
 
     def tower(self, fusion: Any) -> torch.nn.Module | None:
         """The vision tower."""
@@ -55,19 +66,28 @@ class Family:
     def per_token(
         self, fusion: Any, call: dict[str, Any], tokens: torch.Tensor, values: Sequence[Any]
     ) -> torch.Tensor:
-        """Numbers per patch, one ``[tiles, N]`` tensor per attention call, to one per tower token."""
-        flat = torch.cat([v.reshape(-1, v.shape[-1]) for v in values])
-        extra = flat.shape[-1] - tokens.shape[1]
+        """Numbers per patch, to numbers per tower token.
+
+        Args:
+            values: one ``[tiles, N]`` or ``[tiles, N, E]`` tensor per attention call.
+
+        Returns:
+            ``[T]`` or ``[T, E]``.
+        """
+        flat = torch.cat(list(values))
+        extra = flat.shape[1] - tokens.shape[1]
         if flat.shape[0] != tokens.shape[0] or extra < 0:
             raise UnsupportedCall(
                 f"The vision tower recorded {list(flat.shape)} numbers for features "
                 f"{list(tokens.shape)}; run the tower and the language model in the same call."
             )
-        return flat[:, extra:].reshape(-1)
+        return flat[:, extra:].flatten(0, 1)
 
 
 class Llava(Family):
     """LLaVA 1.5: a CLIP tower, its class token dropped, every image one tile."""
+
+    tokenwise = True
 
     def tower(self, fusion: Any) -> torch.nn.Module | None:
         return getattr(fusion, "vision_tower", None)
@@ -152,17 +172,61 @@ class QwenVL(Family):
     def per_token(
         self, fusion: Any, call: dict[str, Any], tokens: torch.Tensor, values: Sequence[Any]
     ) -> torch.Tensor:
-        flat = torch.cat([v.reshape(-1) for v in values])
+        flat = torch.cat([v.flatten(0, 1) for v in values])
         cell = fusion.visual.spatial_merge_size**2
         if flat.shape[0] != tokens.shape[0] * cell:
             raise UnsupportedCall(
                 f"The vision tower recorded {flat.shape[0]} numbers for {tokens.shape[0]} tokens of "
                 f"{cell} patches; run the tower and the language model in the same call."
             )
-        merged = flat.view(-1, cell).mean(1)
+        merged: torch.Tensor = flat.unflatten(0, (-1, cell)).mean(1)
         if not hasattr(fusion.visual, "window_size"):
             return merged
         return merged[torch.argsort(window_order(fusion.visual, call["image_grid_thw"]))]
+
+
+class Idefics3(Family):
+    """Idefics3 and SmolVLM: square tiles, ``s x s`` patches of one shuffled into a token.
+
+    The model does not say which tiles are one image, so all tiles of a row of the batch share a budget.
+    """
+
+    def tower(self, fusion: Any) -> torch.nn.Module | None:
+        return getattr(fusion, "vision_model", None)
+
+    def projector(self, fusion: Any) -> torch.nn.Module:
+        return fusion.connector  # type: ignore[no-any-return]
+
+    def images(self, fusion: Any, call: dict[str, Any], tokens: torch.Tensor) -> list[Packed]:
+        pixels, size = call["pixel_values"], tokens.shape[1]
+        side = isqrt(size)
+        # Rows with fewer tiles than others are filled up with tiles of zeros, which the model drops.
+        counts = (pixels.flatten(2) != 0).any(-1).sum(1).tolist()
+        if sum(counts) != tokens.shape[0] or side * side != size:
+            raise UnsupportedCall(
+                f"The call has {sum(counts)} tiles with pixels, and the tower returned "
+                f"{tokens.shape[0]} tiles of {size} tokens; only images in square tiles can be pruned."
+            )
+        found, first = [], 0
+        for count in counts:
+            source = torch.arange(first, first + count * size, device=tokens.device)
+            tiles = tuple((first + i * size, (side, side)) for i in range(count))
+            found.append(Packed(source, tiles))
+            first += count * size
+        return found
+
+    def per_token(
+        self, fusion: Any, call: dict[str, Any], tokens: torch.Tensor, values: Sequence[Any]
+    ) -> torch.Tensor:
+        flat, scale = torch.cat(list(values)), fusion.connector.scale_factor
+        side = isqrt(tokens.shape[1])
+        if flat.shape[:2] != (tokens.shape[0], (side * scale) ** 2):
+            raise UnsupportedCall(
+                f"The vision tower recorded {list(flat.shape)} numbers for features "
+                f"{list(tokens.shape)}; run the tower and the language model in the same call."
+            )
+        cells: torch.Tensor = flat.unflatten(1, (side, scale, side, scale))
+        return cells.mean((2, 4)).flatten(0, 2)
 
 
 def window_order(visual: Any, grids: torch.Tensor) -> torch.Tensor:
@@ -198,6 +262,8 @@ _FAMILIES: dict[str, Family] = {
     "LlavaNextModel": LlavaNext(),
     "Qwen2VLModel": QwenVL(),
     "Qwen2_5_VLModel": QwenVL(),
+    "Idefics3Model": Idefics3(),
+    "SmolVLMModel": Idefics3(),
 }
 
 

@@ -20,9 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmattn.errors import UnsupportedCall
-from mmattn.hosts.transformers_cut import Cut, Hooks, add_twins, check_shapes, first_rows
+from mmattn.hosts.transformers_cut import (
+    Cut,
+    Hooks,
+    Seen,
+    add_twins,
+    check_shapes,
+    first_rows,
+)
 from mmattn.hosts.transformers_layout import ImageTokens, argument, past_length
-from mmattn.layout import Tile
+from mmattn.layout import Kept, Tile
 from mmattn.rebind import subclass
 from mmattn.runs import Run
 from mmattn.sites import Site
@@ -50,8 +57,9 @@ class LanguageHook(Hooks):
         self.cut: Cut | None = None
         self._cache: weakref.ref[Any] | None = None
         self._call: dict[str, Any] = {}
-        self._tokens: torch.Tensor | None = None
-        self._chosen: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._tokens: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._seen: Seen | None = None
+        self._refused = False
         before: list[tuple[torch.nn.Module, Callable[..., Any]]] = [(tower.module, self._enter)]
         after: list[tuple[torch.nn.Module, Callable[..., Any]]] = [(tower.module, self._leave)]
         if place is not None:
@@ -64,8 +72,10 @@ class LanguageHook(Hooks):
         self._call = kwargs
 
     def _project(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if self.tower.family is not None and not torch.compiler.is_compiling():
-            self._tokens = self.tower.family.tokens(self.tower.fusion, output)
+        family = self.tower.family
+        if family is not None and not torch.compiler.is_compiling():
+            tokens = family.tokens(self.tower.fusion, output)
+            self._tokens = (tokens, args[0] if family.tokenwise and args else None)
 
     def _enter(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -102,7 +112,7 @@ class LanguageHook(Hooks):
         assert self.place is not None
         try:
             check_shapes(kwargs, mask)
-            keep = self._columns(mask, kwargs["inputs_embeds"])
+            keep = self._columns(kwargs, mask)
         except UnsupportedCall as error:
             if self.run.unsupported != "dense":
                 raise
@@ -130,9 +140,10 @@ class LanguageHook(Hooks):
         return left
 
     def recording(self, base: type) -> type:
-        """Subclass of the fusion model that has the tokens chosen as soon as there are features.
+        """Subclass of the fusion model that tells this hook about image features.
 
-        `generate` computes features once, ahead of the prefill and of the expansion to beams.
+        `generate` computes them once, ahead of the prefill and of the expansion to beams. The tokens are
+        chosen at the prefill, where the text is known too.
         """
         stock: Any = base.get_image_features  # type: ignore[attr-defined]
         signature, hook = inspect.signature(stock), self
@@ -141,87 +152,103 @@ class LanguageHook(Hooks):
         def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
             out = stock(self, *args, **kwargs)
             if hook.run.enabled:
-                hook.choose(signature.bind(self, *args, **kwargs).arguments, out)
+                hook.record(signature.bind(self, *args, **kwargs).arguments, out)
             return out
 
         return subclass(base, get_image_features=get_image_features)
 
-    def choose(self, call: dict[str, Any], out: Any) -> None:
-        """Ask the method, tile by tile, which tokens of the images of `call` to keep."""
-        assert self.place is not None
-        self._chosen = None
+    def record(self, call: dict[str, Any], out: Any) -> None:
+        """Remember the images of `call` until a prompt shows them."""
+        assert self.place is not None and self.tower.family is not None
+        self._seen, self._refused = None, False
+        projected, self._tokens = self._tokens, None
+        packed = getattr(out, "pooler_output", None)
         try:
-            packed = getattr(out, "pooler_output", None)
-            if packed is None or self._tokens is None:
+            if packed is None or projected is None:
                 raise UnsupportedCall(
                     f"get_image_features returned a {type(out).__name__} without pooler_output; call it "
                     "with return_dict=True."
                 )
-            flags = self._flags({**call, **call.get("kwargs", {})}, self._tokens)
-            self._chosen = list(zip(packed, flags, strict=True))
+            call = {**call, **call.get("kwargs", {})}
+            tokens, raw = projected
+            images = self.tower.family.images(self.tower.fusion, call, tokens)
+            features = torch.cat(list(packed)).split([len(p.source) for p in images])
+            self._seen = Seen(call, images, list(features), tokens, raw)
         except UnsupportedCall as error:
             if self.run.unsupported != "dense":
                 raise
             self.place.meter.fell_back(str(error))
-            self._chosen = []
-        finally:
-            self._tokens = None
+            self._refused = True
 
-    def _flags(self, call: dict[str, Any], tokens: torch.Tensor) -> list[torch.Tensor]:
+    def _choose(self, seen: Seen, texts: list[torch.Tensor]) -> None:
+        """Ask the method, tile by tile, which tokens to keep."""
         place, fusion, family = self.place, self.tower.fusion, self.tower.family
         assert place is not None and family is not None
         slot, method = place.feature_methods[0]
         place.slot, place.phase = slot, self.run.phases[slot]
         place.meter.tick()
-        images = family.images(fusion, call, tokens)
         tower = tuple(s for s in self.tower.vision if any(m is method for _, m in s.attention))
         for site in tower:
             site.slot, site.call = next(i for i, m in site.attention if m is method), 0
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        kept = torch.zeros(flat.shape[0], dtype=torch.bool, device=tokens.device)
-        for image in images:
+        flat = seen.tokens.flatten(0, -2)
+        raw = None if seen.raw is None else seen.raw.flatten(0, -2)
+        # Without its hooks: one of them takes every output for new features.
+        project = None if raw is None else family.projector(fusion).forward
+        kept = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
+        new: torch.Tensor | None = None
+        for image, text in zip(seen.images, texts, strict=True):
             for first, (y, x) in image.tiles:
                 span = slice(first, first + y * x)
 
                 def gather(values: Any, span: slice = span) -> torch.Tensor:
-                    return family.per_token(fusion, call, tokens, values)[span]
+                    return family.per_token(fusion, seen.call, seen.tokens, values)[span]
 
-                tile = Tile(flat[span], (y, x), len(image.tiles), tower, gather)
-                kept[first + method.features(tile, site=place)] = True
-        return [(p.source < 0) | kept[p.source.clamp(min=0)] for p in images]
+                before = None if raw is None else raw[span]
+                tile = Tile(
+                    flat[span], (y, x), len(image.tiles), tower, gather, text, before, project
+                )
+                indices: Any = method.features(tile, site=place)
+                if isinstance(indices, Kept):
+                    new = flat.clone() if new is None else new
+                    new[first + indices.indices] = indices.features.to(new)
+                    indices = indices.indices
+                kept[first + indices] = True
+        seen.settle(texts, kept, new)
 
-    def _columns(self, mask: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """Columns of the prompt to keep, ``[B, N]``.
+    def _columns(self, kwargs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
+        """Columns of the prompt to keep, ``[B, N]``; replaced features are put into the embeddings.
 
         Raises:
             UnsupportedCall: when the prompt's image tokens are not the features chosen from.
         """
-        if self._chosen is None:
+        keep, seen, embeds = torch.ones_like(mask), self._seen, kwargs["inputs_embeds"]
+        if self._refused:
+            return keep
+        if seen is None:
             raise UnsupportedCall(
                 "The prompt has image tokens, but the model computed no image features since mmattn was "
                 "attached (precomputed ones?). Pass pixel_values so that the tokens can be chosen."
             )
-        keep = torch.ones_like(mask)
-        if not self._chosen:
-            return keep
-        counts = mask.sum(1).tolist()
-        copies = sum(counts) / sum(len(f) for f, _ in self._chosen)  # beams share their images
-        images, rows = iter(self._chosen), list(range(0, len(counts), max(1, int(copies))))
-        for row in rows:
-            alike = slice(row, row + int(copies))
-            held: list[tuple[torch.Tensor, torch.Tensor]] = []
-            while sum(len(f) for f, _ in held) < counts[row] and (one := next(images, None)):
-                held.append(one)
-            features = torch.cat([f for f, _ in held]) if held else embeds[row][:0]
-            where = mask[row]
-            same = len(features) == counts[row] and bool((mask[alike] == where).all())
-            if copies != int(copies) or not same or not _equal(embeds[row][where], features):
-                raise UnsupportedCall(
-                    f"The image tokens of row {row} are not the features that the vision tower computed "
-                    "last, so what was chosen for those does not apply. Pass pixel_values in the call."
-                )
-            if held:
-                keep[alike, where] = torch.cat([k for _, k in held]).to(mask.device)
+        rows = seen.by_row(mask, embeds)
+        words = (
+            ~mask
+            if kwargs.get("attention_mask") is None
+            else ~mask & (kwargs["attention_mask"] > 0)
+        )
+        texts = [embeds[0][:0]] * len(seen.images)
+        for alike, held in rows:
+            for i in held:
+                texts[i] = embeds[alike.start][words[alike.start]]
+        if not seen.answers(texts):
+            self._choose(seen, texts)
+        for alike, held in rows:
+            if not held:
+                continue
+            where = mask[alike.start]
+            keep[alike, where] = torch.cat([seen.kept[i] for i in held]).to(mask.device)
+            if seen.shown:
+                embeds = kwargs["inputs_embeds"] = embeds.clone()
+                embeds[alike, where] = torch.cat([seen.shown[i] for i in held]).to(embeds)
         return keep
 
     def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
@@ -279,10 +306,6 @@ class LanguageHook(Hooks):
         assert self.tokens.mask is not None
         self.tokens.mask = self.tokens.mask[:rows]
         return first_rows(output, rows)
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a, b.to(a.device, a.dtype))
 
 
 def _cache_of(values: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -57,6 +58,13 @@ def tag_of(role: str, module: torch.nn.Module) -> str:
         return role
     causal = getattr(module, "is_causal", False) or getattr(module, "is_decoder", False)
     return "decoder" if causal and hasattr(module, "layer_idx") else "text"
+
+
+def takes_tokens(block: torch.nn.Module | None) -> bool:
+    """Whether a module around an attention module is called with hidden states first."""
+    if block is None or isinstance(block, torch.nn.ModuleList):
+        return False
+    return list(inspect.signature(type(block).forward).parameters)[1:2] == ["hidden_states"]
 
 
 def kind_of(path: str, module: torch.nn.Module) -> str:

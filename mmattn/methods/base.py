@@ -11,7 +11,7 @@ import torch
 from mmattn.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
-    from mmattn.layout import Tile
+    from mmattn.layout import Kept, Tile
     from mmattn.sites import Selector, Site
 
 Dense = Callable[..., torch.Tensor]
@@ -119,8 +119,9 @@ class Method:
         """
         return False
 
-    def features(self, tile: Tile, *, site: Site) -> torch.Tensor:
-        """``features`` seam: the image tokens of one tile -> indices ``[K]`` to keep, ascending."""
+    def features(self, tile: Tile, *, site: Site) -> torch.Tensor | Kept:
+        """``features`` seam: the image tokens of one tile -> indices ``[K]`` to keep, ascending; or a
+        `Kept`, with new features for them."""
         return torch.arange(tile.features.shape[0], device=tile.features.device)
 
     def logits(self, logits: torch.Tensor, *, site: Site) -> torch.Tensor:

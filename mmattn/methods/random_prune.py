@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from mmattn.layout import Tile
+from mmattn.methods._pruning import budget_of, check_keep, keeps_all
 from mmattn.methods.base import Method
-from mmattn.methods.hiprune import budget_of, check_keep, keeps_all
 from mmattn.sites import Site
 
 
@@ -22,8 +22,8 @@ class RandomPrune(Method):
     draws anew. `session.reset()` starts the sequence again. No paper.
 
     Args:
-        keep: tokens per image: an int counts tokens (shared evenly by the tiles of LLaVA-NeXT), a float
-            in (0, 1] is a share; None keeps all.
+        keep: tokens per image: an int counts tokens (shared evenly by the tiles of LLaVA-NeXT, and of a
+            prompt of Idefics3 and SmolVLM), a float in (0, 1] is a share; None keeps all.
 
     Raises:
         ConfigError: for a `keep` out of range.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import prod
 
 import pytest
@@ -12,11 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmattn.evals.flops import (
     attention_flops,
+    cosine_ratios,
     gate_flops,
     linear_flops,
+    llava_prefill_flops,
     neighborhood_flops,
     wan_forward_flops,
 )
+from mmattn.methods.pyramiddrop import PyramidDrop
 from mmattn.methods.vmoba import VMoBA
 
 TERA = 1e12
@@ -132,3 +136,61 @@ def test_gate_is_the_product_of_queries_and_chunk_means():
     with FlopCounterMode(display=False) as counter:
         torch.zeros(2, 3, 40, 16, device="meta") @ torch.zeros(2, 3, 16, 6, device="meta")
     assert counter.get_total_flops() == gate_flops(2, 3, 40, 16, 6)
+
+
+# HiPrune, arXiv 2508.00553: image tokens of LLaVA-1.5-7B, FLOPs in the paper.
+LLAVA = [(576, 8.63), (192, 3.56), (128, 2.71), (64, 1.87)]
+
+
+@pytest.mark.parametrize(("tokens", "published"), LLAVA)
+def test_published_rows_of_llava(tokens, published):
+    assert round(llava_prefill_flops(tokens) / TERA, 2) == published
+
+
+def test_no_other_number_of_text_tokens_gives_the_table():
+    fits = [
+        text
+        for text in range(1, 200)
+        if all(round(llava_prefill_flops(v, text=text) / TERA, 2) == want for v, want in LLAVA)
+    ]
+    assert fits == [49]
+
+
+def test_llava_agrees_with_torchs_counter():
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=70,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        attn_implementation="eager",
+    )
+    model, ids = transformers.LlamaForCausalLM(config), torch.zeros(1, 23, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    operations = counter.get_flop_counts()["Global"]
+    # Attention and the rotary table are batched products, linear layers are plain ones.
+    linear = sum(n for op, n in operations.items() if "bmm" not in str(op))
+    mine = llava_prefill_flops(20, text=3, layers=3, dim=32, ffn=56, vocab=70, tower=False)
+    assert mine == linear > 0
+
+
+def test_layers_that_differ():
+    paper = PyramidDrop()
+    stages = [576 * paper.share(i, 32) for i in range(32)]
+    assert round(sum(stages) / 32) == 270
+    mean = llava_prefill_flops(270, vocab=0)
+    assert llava_prefill_flops(stages, vocab=0) == pytest.approx(mean, rel=1e-9)
+    assert llava_prefill_flops([576] * 32) == llava_prefill_flops(576)
+    assert llava_prefill_flops(stages) < llava_prefill_flops(576) * 0.55
+    with pytest.raises(ValueError, match="2 numbers of image tokens for 32 layers"):
+        llava_prefill_flops([576, 288])
+
+
+def test_published_average_of_pmod():
+    ratios = cosine_ratios()
+    assert round(sum(ratios) / 32, 4) == 0.5375
+    assert ratios[:8] == [1.0] * 8 and ratios[8] < 0.85 and min(ratios) == ratios[-1] == 0.15
+    assert all(a >= b for a, b in itertools.pairwise(ratios))

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers_zoo import Watch, made
 
 import mmattn
-from mmattn.hosts.transformers_features import window_order
+from mmattn.hosts.transformers_features import Idefics3, window_order
+from mmattn.layout import Kept
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,25 @@ class EveryThird(mmattn.Method):
         return torch.arange(tile.features.shape[0])[::3]
 
 
+@dataclass(frozen=True)
+class Third(mmattn.Method):
+    """Keeps image tokens 0, 3, 6, ... with features of its own, and remembers its tiles."""
+
+    name: ClassVar[str] = "third"
+    seams: ClassVar[tuple[str, ...]] = ("features",)
+    hosts: ClassVar[tuple[str, ...]] = ("transformers",)
+    tiles: ClassVar[list] = []
+
+    def features(self, tile, *, site):
+        self.tiles.append(tile)
+        indices = torch.arange(tile.features.shape[0])[::3]
+        return Kept(indices, tile.features[indices] * 2 + 1)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_log():
     Watch.log.clear()
+    Third.tiles.clear()
 
 
 # -- dropped image tokens -------------------------------------------------------------------------
@@ -89,7 +106,104 @@ def test_decoding_by_hand_without_positions_or_mask():
         assert torch.equal(model(input_ids=step, cache=out.cache).logits[:, -1], steps.logits[1])
 
 
-@pytest.mark.parametrize("name", ["llava", "llava-next", "qwen2-vl", "qwen2.5-vl"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_replaced_features_stand_where_their_tokens_stood(implementation):
+    model, _, _ = made("llava", implementation)
+    call = zoo.llava_call((2, 2), (2, 0))
+    with torch.no_grad():
+        rows = model.get_image_features(call["pixel_values"], return_dict=True).pooler_output
+    keep, _ = kept_columns(call, zoo.IMAGE, [16] * 4)
+    short = shortened(call, keep)
+
+    def features():
+        kept = [row[::3] * 2 + 1 for row in rows]
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=kept)}}
+
+    want = zoo.logits(model, {**short, **features()})
+    greedy = zoo.tokens(model, {**short, **features()})
+    beams = zoo.tokens(model, {**short, **features()}, num_beams=3)
+    length, full = short["input_ids"].shape[1], call["input_ids"].shape[1]
+    with mmattn.attach(model, Third()):
+        assert torch.equal(zoo.logits(model, call), want)
+        assert torch.equal(zoo.tokens(model, call)[:, full:], greedy[:, length:])
+        assert torch.equal(zoo.tokens(model, call, num_beams=3)[:, full:], beams[:, length:])
+    with mmattn.attach(model, EveryThird()):
+        assert distance(zoo.logits(model, call), want) > 1e-2
+    assert all(torch.equal(a, b) for a, b in zip(rows, again(model, call), strict=True))
+
+
+def again(model, call):
+    with torch.no_grad():
+        return model.get_image_features(call["pixel_values"], return_dict=True).pooler_output
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next", "qwen2.5-vl", "idefics3"])
+def test_what_a_tile_knows(name):
+    model, call, _ = made(name)
+    image = call["input_ids"] == (250 if "qwen" in name else zoo.IMAGE)
+    texts = call["attention_mask"].bool() & ~image
+    with mmattn.attach(model, Third()):
+        zoo.logits(model, call)
+        bare = list(Third.tiles)
+        Third.tiles.clear()
+        zoo.tokens(model, call, num_beams=2)
+    owners = [0] * 5 + [1] * 3 if name == "llava-next" else [0, 1]
+    table = model.get_input_embeddings().weight
+    for tile, beam, row in zip(bare, Third.tiles, owners, strict=True):
+        assert torch.equal(tile.text, table[call["input_ids"][row][texts[row]]])
+        assert torch.equal(beam.text, tile.text) and torch.equal(beam.features, tile.features)
+        assert tile.tiles == {"llava-next": owners.count(row)}.get(name, 1)
+        if "llava" in name:
+            with torch.no_grad():
+                assert distance(tile.project(tile.raw), tile.features) < 1e-6
+        else:
+            assert tile.raw is None and tile.project is None
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_idefics_rows_with_different_numbers_of_tiles(name):
+    model, _, _ = made(name)
+    values = zoo.pixels(2, 3, 3, 56, 56)
+    values[1, 1:] = 0  # filled up
+    # Two rows of 3 tiles and of 1: every tile four tokens.
+    call = {**zoo.prompt((3, 1), 4, (0, 3)), "pixel_values": values}
+    stock = zoo.logits(model, call)
+    with mmattn.attach(model, Third()) as session:
+        both = zoo.logits(model, call)
+        row = next(r for r in session.stats.sites if r.kind == "features")
+        assert [t.tiles for t in Third.tiles] == [3, 3, 3, 1]
+        assert {t.grid for t in Third.tiles} == {(2, 2)}
+        assert row.tokens_in == 8 and row.tokens_kept == 4
+        for i, tiles in enumerate((3, 1)):
+            real = call["attention_mask"][i].bool()
+            one = {k: call[k][i : i + 1, real] for k in ("input_ids", "attention_mask")}
+            one["pixel_values"] = values[i : i + 1, :tiles]
+            assert distance(zoo.logits(model, one)[0, -1], both[i, -1]) < 1e-5
+    assert both.shape[1] == stock.shape[1] - 2  # the row with one tile keeps its padding
+    with mmattn.attach(model, mmattn.RandomPrune(keep=6)) as session:
+        zoo.logits(model, call)  # two tokens of each of three tiles, and all four of the only one
+        row = next(r for r in session.stats.sites if r.kind == "features")
+    assert row.tokens_kept == (6 + 4) / 2
+
+
+def test_idefics_patches_are_put_together_as_the_connector_does():
+    model = zoo.idefics3().model
+    connector, family = model.connector, Idefics3()
+    side, scale = 6, 2
+    numbers = torch.arange(2.0 * side * side).view(2, side * side, 1).repeat(1, 1, 3)
+    shuffled = connector.pixel_shuffle(numbers, scale)
+    tokens = torch.zeros(2, 9, 5)
+    got = family.per_token(model, {}, tokens, [numbers[..., 0]])
+    assert torch.equal(got, shuffled.mean(-1).flatten())
+    wide = family.per_token(model, {}, tokens, [numbers[:1], numbers[1:]])
+    assert wide.shape == (18, 3) and torch.equal(wide[:, 1], got)
+    with pytest.raises(mmattn.UnsupportedCall, match="same call"):
+        family.per_token(model, {}, tokens, [numbers[:1]])
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "llava-next", "qwen2-vl", "qwen2.5-vl", "idefics3", "smolvlm"]
+)
 @pytest.mark.parametrize("method", [mmattn.RandomPrune(keep=None), mmattn.HiPrune(keep=9999)])
 def test_keeping_everything_is_bitwise_plain(name, method):
     model, call, _ = made(name)

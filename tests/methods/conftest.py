@@ -1,6 +1,6 @@
-"""Puts tests/hosts on the path, so that method tests can use its model zoos."""
+"""Puts tests/hosts and this folder on the path: method tests use the model zoos and shared oracles."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "hosts"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "hosts"), str(Path(__file__).parent)]

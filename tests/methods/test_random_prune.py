@@ -33,7 +33,9 @@ def drawn(model, call, keep, seed=0, times=1):
     return list(Spy.log), place
 
 
-@pytest.mark.parametrize("name", ["llava", "llava-next", "qwen2-vl", "qwen2.5-vl"])
+@pytest.mark.parametrize(
+    "name", ["llava", "llava-next", "qwen2-vl", "qwen2.5-vl", "idefics3", "smolvlm"]
+)
 def test_keeps_the_budget_in_order(name):
     build, make, _ = zoo.ALL[name]
     model = build()
@@ -45,6 +47,8 @@ def test_keeps_the_budget_in_order(name):
         assert [len(k) for k in kept] == [4, 4] and place.tokens_kept == 4
     if name.startswith("qwen"):
         assert [len(k) for k in kept] == [15, 6]
+    if name in ("idefics3", "smolvlm"):
+        assert [len(k) for k in kept] == [1, 1]
 
 
 def test_the_seed_decides_and_nothing_else_does():

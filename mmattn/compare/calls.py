@@ -1,3 +1,0 @@
-"""Moved."""
-
-from mmattn.calls import *  # noqa: F403

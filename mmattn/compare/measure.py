@@ -1,3 +1,0 @@
-"""Moved."""
-
-from mmattn.measuring import *  # noqa: F403

@@ -1,3 +1,0 @@
-"""Moved."""
-
-from mmattn.variants import *  # noqa: F403

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mmattn.methods.identity import Identity as Identity
     from mmattn.methods.imageguidance import ImageGuidance as ImageGuidance
     from mmattn.methods.largepig import LargePiG as LargePiG
+    from mmattn.methods.merge_prune import MergePrune as MergePrune
     from mmattn.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
     from mmattn.methods.pai import PAI as PAI
     from mmattn.methods.paint import PAINT as PAINT
@@ -89,6 +90,7 @@ _EXPORTS = {
     "HiPrune": "mmattn.methods.hiprune",
     "ImageGuidance": "mmattn.methods.imageguidance",
     "LargePiG": "mmattn.methods.largepig",
+    "MergePrune": "mmattn.methods.merge_prune",
     "NeighborhoodAttention": "mmattn.methods.neighborhood",
     "PAI": "mmattn.methods.pai",
     "PAINT": "mmattn.methods.paint",

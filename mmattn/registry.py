@@ -29,6 +29,7 @@ BUILTIN: dict[str, str] = {
     "identity": "mmattn.methods.identity:Identity",
     "image-guidance": "mmattn.methods.imageguidance:ImageGuidance",
     "largepig": "mmattn.methods.largepig:LargePiG",
+    "merge-prune": "mmattn.methods.merge_prune:MergePrune",
     "neighborhood": "mmattn.methods.neighborhood:NeighborhoodAttention",
     "pai": "mmattn.methods.pai:PAI",
     "paint": "mmattn.methods.paint:PAINT",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -229,8 +229,6 @@ def search_heads(
     Raises:
         NoSiteError: for a model without a causal decoder.
     """
-    from dataclasses import replace
-
     from mmattn.attaching import attach
     from mmattn.planning import plan
 

@@ -197,7 +197,7 @@ class VAR(Method):
 
     def _sinks(self, keys: decoder.Keys, site: Site) -> torch.Tensor:
         """``[B, K]`` sinks among the tokens that were fed as a prompt; generated ones are none."""
-        entering = site.state.pop("entering") & keys.real
+        entering: torch.Tensor = site.state.pop("entering") & keys.real
         own = entering[: entering.shape[0] - site.layout.twins]
         if keys.prompt:
             site.state["sinks"] = own

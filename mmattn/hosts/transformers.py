@@ -73,7 +73,7 @@ class TransformersHost:
     decoders whose prompts hold image tokens also ``multimodal``.
     Vision sites carry more: ``output`` at the block whose output the language model gets, ``windowed``
     and ``packed`` in Qwen towers, ``prunable`` where the features seam exists (LLaVA, LLaVA-NeXT,
-    Qwen2-VL, Qwen2.5-VL).
+    Qwen2-VL, Qwen2.5-VL, Idefics3, SmolVLM).
 
     Decoder sites see the padding mask as the model made it, key and value heads not repeated, and
     `Layout.image_mask` of the prompt, during decoding too. Their tokens seam is the whole block, before
@@ -197,8 +197,8 @@ class TransformersHost:
         if features and not root.prunable:
             raise NoSiteError(
                 f"{features[0][1].name} prunes image tokens between the vision tower and the language "
-                "model, which mmattn knows for LLaVA, LLaVA-NeXT, Qwen2-VL and Qwen2.5-VL. This target "
-                "has no such place; attach to the whole vision-language model."
+                "model, which mmattn knows for LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL, Idefics3 and "
+                "SmolVLM. This target has no such place; attach to the whole vision-language model."
             )
         if len(features) > 1:
             names = " and ".join(m.name for _, m in features)

@@ -22,7 +22,7 @@ KNOBS = {"beta": 0.3, "threshold": 0.07}
 
 
 def calibrated(beta, threshold, heads=None, span="all"):
-    """The sheet, from whole attention matrices; the rows of all calls so far are kept."""
+    """The definition, from whole attention matrices; the rows of all calls so far are kept."""
 
     def edit(call):
         plain, weights = call.plain.nan_to_num(), call.plain

@@ -13,7 +13,7 @@ KNOBS = {"alpha": 0.6, "beta": 1.2, "share": 0.4}
 
 
 def literal(local, summary, share):
-    """The sheet's sets, one token at a time: summary by the box plot's rule, local without summary."""
+    """The sets as defined, one token at a time: summary by the box plot's rule, local without summary."""
     ordered = sorted(float(x) for x in summary)
 
     def quartile(p):
@@ -140,7 +140,7 @@ def test_only_the_last_row_changes_and_only_informed_tokens():
 
 
 @pytest.mark.parametrize("case", range(12))
-def test_labels_are_the_sheets(case):
+def test_labels_are_those_of_the_definition(case):
     generator = torch.Generator().manual_seed(case)
     local, summary = torch.rand(2, 111 if case % 2 else 64, generator=generator)
     summary[[5, 40]] += 3

@@ -28,7 +28,7 @@ def inputs_of(model):
 
 
 def redistributed(seen, dims, tau, rho, summ, move_fraction):
-    """The sheet, row by row and head by head; `seen` holds the hidden states of the layers."""
+    """The definition, row by row and head by head; `seen` holds the hidden states of the layers."""
 
     def edit(call):
         weights, image = call.plain, call.image

@@ -25,7 +25,7 @@ KNOBS = {"keep": 0.7, "saliency": 0.5, "beta": 0.4}
 
 
 def sparse(keep, saliency, beta):
-    """The sheet, from whole attention matrices; rows of all calls are kept."""
+    """The definition, from whole attention matrices; rows of all calls are kept."""
 
     def edit(call):
         plain = call.plain.nan_to_num()

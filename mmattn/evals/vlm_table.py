@@ -28,11 +28,14 @@ from mmattn.loading import Loaded, resolve
 from mmattn.variants import Variant, parse
 
 COLUMNS = (
-    *("random-prune:keep=32", "uniform-prune:keep=32", "hiprune:keep=32"),
-    *("visionzip:keep=32", "fastv:keep=32", "sparsevlm:keep=32", "pyramiddrop"),
-    *("random-prune:keep=16", "uniform-prune:keep=16", "hiprune:keep=16"),
-    *("vhr", "var", "pai", "paint", "act", "zerotuning", "vasparse"),
-    *("vcd", "dola", "imageguidance", "largepig", "opera"),
+    *("random-prune:keep=21", "uniform-prune:keep=21", "hiprune:keep=21"),
+    *("hiprune:keep=21,text_share=0.1", "visionzip:keep=21,class_token=false"),
+    *("merge-prune:keep=21", "fastv:keep=0.333", "pyramiddrop"),
+    *("random-prune:keep=11", "uniform-prune:keep=11", "hiprune:keep=11"),
+    *("vhr", "var:dims=[49,32],tau=2.0,move_fraction=1.0", "pai", "paint", "act"),
+    *("zerotuning:gamma=0.25", "zerotuning", "vasparse"),
+    *("vasparse:keep=0.5,beta=0.0,alpha=0.0",),
+    *("vcd", "dola", "image-guidance", "largepig", "vcd+dola", "hiprune:keep=21+vcd"),
 )
 """What is compared when no ``-m`` is given."""
 

@@ -15,33 +15,29 @@ from mmattn_kernels.block_sparse import BlockLists, block_sparse_attention
 from torch import Tensor
 
 from mmattn.layout import Grid
-from mmattn.methods._calls import image_tokens, no_clock, run_dense
-from mmattn.methods._image_attention import Part, Sparse, image_attention
-from mmattn.methods._warmup import check_dense_steps, is_sparse
-from mmattn.methods.base import Dense, Method, require
+from mmattn.methods._image_attention import Part, Sparse
+from mmattn.methods._sparse_method import SparseMethod
+from mmattn.methods.base import require
 from mmattn.sites import Site
 
 _GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockMethod(Method):
+class BlockMethod(SparseMethod):
     """Base of the methods that choose blocks of keys; they override `choose` and `keeps_all`.
 
     Args:
         block: image tokens per block of queries and of keys; GPU kernels prefer 64 or 128.
         tile: ``(t, y, x)`` tokens of the cuboids that tokens are ordered by; None: raster order.
-        dense_steps: first denoising steps that run dense, a number (int) or a share (float).
-        dense_layers: first layers that run dense.
     """
 
     block: int = 128
     tile: tuple[int, int, int] | None = None
-    dense_steps: float = 0
-    dense_layers: int = 0
 
     def __post_init__(self) -> None:
         """Check the knobs that all block methods have."""
+        super().__post_init__()
         require(
             isinstance(self.block, int) and self.block >= 1,
             f"block is a number of tokens, at least 1, got {self.block!r}",
@@ -53,16 +49,6 @@ class BlockMethod(Method):
             or (len(self.tile) == 3 and all(isinstance(e, int) and e >= 1 for e in self.tile)),
             f"tile is three positive sizes (t, y, x) or None, got {self.tile!r}",
         )
-        check_dense_steps(self.dense_steps)
-        require(self.dense_layers >= 0, f"dense_layers must be >= 0, got {self.dense_layers}")
-
-    def phase(self, step: int | None, total: int | None) -> int | bool | None:
-        """True in the sparse steps, False in the dense first ones."""
-        return is_sparse(self.dense_steps, step, total)
-
-    def role(self, site: Site) -> bool:
-        """False for the first layers that stay dense."""
-        return site.index >= self.dense_layers
 
     def choose(self, q: Tensor, k: Tensor, part: Part) -> Tensor:
         """Blocks to keep, bool ``[b or 1, H, nq, nk]``, from image tokens ``[b, H, S, D]`` in order."""
@@ -72,33 +58,9 @@ class BlockMethod(Method):
         """Why these settings keep every block of so many image tokens, or None."""
         return "all image tokens fit in one block" if tokens <= self.block else None
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None,
-        scale: float | None,
-        site: Site,
-        dense: Dense,
-    ) -> Tensor:
-        """Chosen blocks for image queries, dense attention for text queries."""
-        if site.phase is None:
-            raise no_clock(self.name, f"dense_steps={self.dense_steps}", "dense_steps=0")
-        reason = self.dense_reason(site, q.shape[2], k.shape[2])
-        if reason is not None:
-            return run_dense(q, k, v, site=site, dense=dense, reason=reason)
-        return image_attention(self.sparse, q, k, v, mask=mask, scale=scale, site=site, dense=dense)
-
-    def dense_reason(self, site: Site, queries: int, keys: int) -> str | None:
-        """Why this call runs dense, or None."""
-        if not site.phase:
-            return "one of the first steps (dense_steps)"
-        if not site.role:
-            return "one of the first layers (dense_layers)"
-        _, image, _ = image_tokens(site, queries, keys)
-        return self.keeps_all(image.stop - image.start)
+    def dense_reason(self, site: Site, grid: Grid) -> str | None:
+        """What `keeps_all` says of the tokens of `grid`."""
+        return self.keeps_all(grid[0] * grid[1] * grid[2])
 
     def sparse(self, part: Part) -> Sparse:
         """Attention over the blocks that `choose` keeps."""

@@ -76,13 +76,7 @@ class FlexPrefill(BlockMethod):
     """
 
     name: ClassVar[str] = "flexprefill"
-    seams: ClassVar[tuple[str, ...]] = ("attention",)
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "torch")
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
     paper: ClassVar[str] = "FlexPrefill, arXiv 2502.20766"
-    masks: ClassVar[bool] = True
-    probes: ClassVar[bool] = True
 
     gamma: float = 0.95
     tau: float = 0.1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import lcm, prod
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -14,10 +13,9 @@ from mmattn_kernels.neighborhood import simulate
 from mmattn_kernels.neighborhood.windows import Axis, spans
 
 from mmattn.layout import Grid
-from mmattn.methods._calls import image_tokens, no_clock, run_dense
-from mmattn.methods._image_attention import Part, Sparse, image_attention
-from mmattn.methods._warmup import check_dense_steps, is_sparse
-from mmattn.methods.base import Dense, Method, require
+from mmattn.methods._image_attention import Part, Sparse
+from mmattn.methods._sparse_method import SparseMethod
+from mmattn.methods.base import require
 from mmattn.sites import Site
 
 Windows = float | Sequence[float | Sequence[float]]
@@ -25,7 +23,7 @@ Steps = int | Sequence[int | Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighborhoodAttention(Method):
+class NeighborhoodAttention(SparseMethod):
     """Lets every image query see a box of keys around it, of the same size everywhere.
 
     At a border the box moves inward and keeps its size, so every query sees equally many keys. With
@@ -71,23 +69,16 @@ class NeighborhoodAttention(Method):
     """
 
     name: ClassVar[str] = "neighborhood"
-    seams: ClassVar[tuple[str, ...]] = ("attention",)
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "torch")
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
     paper: ClassVar[str] = "Generalized Neighborhood Attention, arXiv 2504.16922"
-    masks: ClassVar[bool] = True
-    probes: ClassVar[bool] = True
 
     window: Windows = 0.5
     stride: Steps = 1
     dilation: Steps = 1
     is_causal: bool | Sequence[bool] = False
-    dense_steps: float = 0
-    dense_layers: int = 0
 
     def __post_init__(self) -> None:
         """Check the knobs, and bring lists (as recipes have them) into the form of tuples."""
+        super().__post_init__()
         for knob in ("window", "stride", "dilation"):
             value = _normalised(knob, getattr(self, knob), shares=knob == "window")
             object.__setattr__(self, knob, value)
@@ -98,8 +89,6 @@ class NeighborhoodAttention(Method):
                 f"is_causal is a bool or three of them for (t, y, x), got {self.is_causal!r}",
             )
             object.__setattr__(self, "is_causal", causal)
-        check_dense_steps(self.dense_steps)
-        require(self.dense_layers >= 0, f"dense_layers must be >= 0, got {self.dense_layers}")
 
     @classmethod
     def flux_4k(cls) -> Self:
@@ -129,10 +118,6 @@ class NeighborhoodAttention(Method):
         """
         return cls(window=(12, 24, 24), stride=(4, 8, 8), dense_steps=0.3)
 
-    def phase(self, step: int | None, total: int | None) -> bool | None:
-        """True in the sparse steps, False in the dense first ones."""
-        return is_sparse(self.dense_steps, step, total)
-
     def role(self, site: Site) -> int | None:
         """First layer of the schedule with this layer's settings; None for the first layers, dense."""
         if site.index < self.dense_layers:
@@ -145,29 +130,15 @@ class NeighborhoodAttention(Method):
         """Window, stride and dilation of a layer, each as ``(t, y, x)``."""
         return tuple(_at(value, layer) for value in (self.window, self.stride, self.dilation))
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        site: Site,
-        dense: Dense,
-    ) -> torch.Tensor:
-        """Windows for image queries, dense attention for text queries."""
-        if site.phase is None:
-            raise no_clock(self.name, f"dense_steps={self.dense_steps}", "dense_steps=0")
-        if not site.phase:
-            reason = "one of the first steps (dense_steps)"
-            return run_dense(q, k, v, site=site, dense=dense, reason=reason)
-        if site.role is None:
-            reason = "one of the first layers (dense_layers)"
-            return run_dense(q, k, v, site=site, dense=dense, reason=reason)
-        grid, _, _ = image_tokens(site, q.shape[2], k.shape[2])
-        fit = fit_windows(grid, *self.settings(int(site.role)), _at(self.is_causal, 0))
-        return attend_windows(fit, q, k, v, mask=mask, scale=scale, site=site, dense=dense)
+    def dense_reason(self, site: Site, grid: Grid) -> str | None:
+        """A sentence where the window covers the grid."""
+        assert site.role is not None
+        return covers(self._fit(grid, int(site.role)), site)
+
+    def sparse(self, part: Part) -> Sparse:
+        """Attention in the windows of this layer."""
+        assert part.site.role is not None
+        return attend_windows(self._fit(part.grid, int(part.site.role)), part)
 
     def density(self, grid: Grid, layer: int = 0) -> float:
         """Share of the pairs of image tokens that a layer keeps."""
@@ -260,28 +231,15 @@ def _pairs(axis: Axis) -> int:
     )
 
 
-def attend_windows(
-    fit: Fit,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    site: Site,
-    dense: Dense,
-) -> torch.Tensor:
-    """Attention in the windows of `fit` for image queries; dense where they cover the grid."""
+def covers(fit: Fit, site: Site) -> str | None:
+    """Put the remark of `fit` into the report; a sentence where the window covers the grid."""
     if fit.remark:
         site.remark(fit.remark)
-    if fit.density == 1:
-        reason = "the window covers the whole grid"
-        return run_dense(q, k, v, site=site, dense=dense, reason=reason)
-    part = partial(_windowed, fit=fit)
-    return image_attention(part, q, k, v, mask=mask, scale=scale, site=site, dense=dense)
+    return "the window covers the whole grid" if fit.density == 1 else None
 
 
-def _windowed(part: Part, fit: Fit) -> Sparse:
+def attend_windows(fit: Fit, part: Part) -> Sparse:
+    """Attention of image queries in the windows of `fit`."""
     found = neighborhood_attention(
         part.q,
         part.k,

@@ -74,13 +74,7 @@ class ProxyAttn(BlockMethod):
     """
 
     name: ClassVar[str] = "proxyattn"
-    seams: ClassVar[tuple[str, ...]] = ("attention",)
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "torch")
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
     paper: ClassVar[str] = "ProxyAttn, arXiv 2509.24745"
-    masks: ClassVar[bool] = True
-    probes: ClassVar[bool] = True
 
     gamma: float = 0.95
     groups: int | None = 1

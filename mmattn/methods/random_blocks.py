@@ -45,13 +45,7 @@ class RandomBlocks(BlockMethod):
     """
 
     name: ClassVar[str] = "random-blocks"
-    seams: ClassVar[tuple[str, ...]] = ("attention",)
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "torch")
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
     paper: ClassVar[str] = "none"
-    masks: ClassVar[bool] = True
-    probes: ClassVar[bool] = True
 
     density: float = 0.3
     redraw: bool = True

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from mmattn.methods._calls import image_tokens, no_clock, run_dense
-from mmattn.methods._warmup import check_dense_steps, is_sparse
-from mmattn.methods.base import Dense, Method, require
-from mmattn.methods.neighborhood import attend_windows, check_size, fit_windows
+from mmattn.layout import Grid
+from mmattn.methods._image_attention import Part, Sparse
+from mmattn.methods._sparse_method import SparseMethod
+from mmattn.methods.neighborhood import Fit, attend_windows, check_size, covers, fit_windows
 from mmattn.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlidingWindow(Method):
+class SlidingWindow(SparseMethod):
     """Lets every image query see the tokens nearest to it in raster order.
 
     This is what neighborhood attention is not: the window is 1-D, over the flattened image or video, so
@@ -48,54 +46,26 @@ class SlidingWindow(Method):
     """
 
     name: ClassVar[str] = "sliding-window"
-    seams: ClassVar[tuple[str, ...]] = ("attention",)
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "torch")
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
     paper: ClassVar[str] = "Longformer, arXiv 2004.05150"
-    masks: ClassVar[bool] = True
-    probes: ClassVar[bool] = True
 
     window: float = 0.25
     stride: int = 1
-    dense_steps: float = 0
-    dense_layers: int = 0
 
     def __post_init__(self) -> None:
         """Check the knobs."""
+        super().__post_init__()
         check_size("window", self.window, shares=True)
         check_size("stride", self.stride, shares=False)
-        check_dense_steps(self.dense_steps)
-        require(self.dense_layers >= 0, f"dense_layers must be >= 0, got {self.dense_layers}")
 
-    def phase(self, step: int | None, total: int | None) -> bool | None:
-        """True in the sparse steps, False in the dense first ones."""
-        return is_sparse(self.dense_steps, step, total)
+    def dense_reason(self, site: Site, grid: Grid) -> str | None:
+        """A sentence where the window covers all tokens."""
+        return covers(self._fit(grid), site)
 
-    def role(self, site: Site) -> bool:
-        """False for the first layers that stay dense."""
-        return site.index >= self.dense_layers
+    def sparse(self, part: Part) -> Sparse:
+        """Attention in a window of the flattened sequence."""
+        return attend_windows(self._fit(part.grid), part)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        site: Site,
-        dense: Dense,
-    ) -> torch.Tensor:
-        """Windows for image queries, dense attention for text queries."""
-        if site.phase is None:
-            raise no_clock(self.name, f"dense_steps={self.dense_steps}", "dense_steps=0")
-        if not site.phase:
-            reason = "one of the first steps (dense_steps)"
-            return run_dense(q, k, v, site=site, dense=dense, reason=reason)
-        if not site.role:
-            reason = "one of the first layers (dense_layers)"
-            return run_dense(q, k, v, site=site, dense=dense, reason=reason)
-        (t, y, x), _, _ = image_tokens(site, q.shape[2], k.shape[2])
-        fit = fit_windows((t * y * x,), (self.window,), (self.stride,), (1,), (False,))
-        return attend_windows(fit, q, k, v, mask=mask, scale=scale, site=site, dense=dense)
+    def _fit(self, grid: Grid) -> Fit:
+        t, y, x = grid
+        fit: Fit = fit_windows((t * y * x,), (self.window,), (self.stride,), (1,), (False,))
+        return fit

@@ -63,13 +63,8 @@ class SparseD(BlockMethod):
     """
 
     name: ClassVar[str] = "sparsed"
-    seams: ClassVar[tuple[str, ...]] = ("attention",)
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "torch")
     needs: ClassVar[frozenset[str]] = frozenset({"grid", "clock"})
     paper: ClassVar[str] = "SparseD, arXiv 2509.24014"
-    masks: ClassVar[bool] = True
-    probes: ClassVar[bool] = True
 
     select: float = 0.3
     dense_steps: float = 0.2
@@ -117,7 +112,7 @@ class SparseD(BlockMethod):
             )
         grid, image, image_keys = image_tokens(site, q.shape[2], k.shape[2])
         reason = None
-        if not site.role:
+        if site.role is None:
             reason = "one of the first layers (dense_layers)"
         elif site.phase == _EARLY:
             reason = "one of the first steps (dense_steps)"

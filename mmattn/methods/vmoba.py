@@ -11,11 +11,10 @@ import torch
 from mmattn.errors import UnsupportedCall
 from mmattn.layout import Grid
 from mmattn.methods import _vmoba_select as select
-from mmattn.methods._calls import image_tokens, no_clock, run_dense
 from mmattn.methods._chunk_attention import attend_chunks
-from mmattn.methods._image_attention import Part, Sparse, image_attention
-from mmattn.methods._warmup import check_dense_steps, is_sparse
-from mmattn.methods.base import Dense, Method, require
+from mmattn.methods._image_attention import Part, Sparse
+from mmattn.methods._sparse_method import SparseMethod
+from mmattn.methods.base import require
 from mmattn.sites import Site
 
 Chunks = tuple[float, tuple[int, int], tuple[int, int, int]]
@@ -23,7 +22,7 @@ Chunks = tuple[float, tuple[int, int], tuple[int, int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VMoBA(Method):
+class VMoBA(SparseMethod):
     """Block-sparse attention whose chunks are runs of frames, windows and cuboids in turn.
 
     Layer ``l`` uses 1-D chunks (whole frames) when ``l % 3 == 0``, 2-D windows over all frames when it
@@ -73,24 +72,19 @@ class VMoBA(Method):
     """
 
     name: ClassVar[str] = "vmoba"
-    seams: ClassVar[tuple[str, ...]] = ("attention",)
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    hosts: ClassVar[tuple[str, ...]] = ("diffusers", "timm", "torch")
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
     paper: ClassVar[str] = "VMoBA, arXiv 2506.23858"
-    masks: ClassVar[bool] = True
-    probes: ClassVar[bool] = True
+    takes_masks: ClassVar[bool] = True
 
     topk: float | tuple[float, float, float] | None = None
     threshold: float | None = None
     kind: str = "query"
     chunks: Chunks | None = None
     dense_steps: float = 0.25
-    dense_layers: int = 0
     compat: bool = False
 
     def __post_init__(self) -> None:
         """Check the knobs."""
+        super().__post_init__()
         if isinstance(self.topk, list):
             object.__setattr__(self, "topk", tuple(self.topk))
         require(
@@ -113,8 +107,6 @@ class VMoBA(Method):
         )
         if self.chunks is not None:
             object.__setattr__(self, "chunks", _chunks(self.chunks))
-        check_dense_steps(self.dense_steps)
-        require(self.dense_layers >= 0, f"dense_layers must be >= 0, got {self.dense_layers}")
 
     @classmethod
     def wan_480p(cls, **changes: Any) -> Self:
@@ -138,53 +130,18 @@ class VMoBA(Method):
         knobs = {"threshold": 0.25, "kind": "head", "dense_steps": 0}
         return cls(**{**knobs, "chunks": (3, (5, 13), (12, 10, 13)), **changes})
 
-    def phase(self, step: int | None, total: int | None) -> bool | None:
-        """True in the sparse steps, False in the dense first ones."""
-        return is_sparse(self.dense_steps, step, total)
-
     def role(self, site: Site) -> int | None:
         """0, 1 or 2 for 1-D, 2-D or 3-D chunks; None for the first layers that stay dense."""
         return None if site.index < self.dense_layers else site.index % 3
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        site: Site,
-        dense: Dense,
-    ) -> torch.Tensor:
-        """Sparse attention for image queries, dense attention for text queries."""
-        if site.phase is None:
-            raise no_clock(self.name, f"dense_steps={self.dense_steps}", "dense_steps=0")
-        reason = None
-        if not site.phase:
-            reason = "one of the first steps (dense_steps)"
-        elif site.role is None:
-            reason = "one of the first layers (dense_layers)"
-        else:
-            grid, _, _ = image_tokens(site, q.shape[2], k.shape[2])
-            chunk = self.chunk(int(site.role), grid)
-            if self._keeps_all(int(site.role), select.count_chunks(grid, chunk)):
-                reason = "the settings keep every chunk"
-        if reason is not None:
-            return run_dense(q, k, v, site=site, dense=dense, reason=reason)
-        return image_attention(
-            self._sparse,
-            q,
-            k,
-            v,
-            mask=mask,
-            scale=scale,
-            site=site,
-            dense=dense,
-            takes_masks=True,
-        )
+    def dense_reason(self, site: Site, grid: Grid) -> str | None:
+        """A sentence where every chunk is kept."""
+        assert site.role is not None
+        count = select.count_chunks(grid, self.chunk(int(site.role), grid))
+        return "the settings keep every chunk" if self._keeps_all(int(site.role), count) else None
 
-    def _sparse(self, part: Part) -> Sparse:
+    def sparse(self, part: Part) -> Sparse:
+        """Attention over the chunks that each query chose."""
         assert part.site.role is not None
         pattern = int(part.site.role)
         chunk = self.chunk(pattern, part.grid)

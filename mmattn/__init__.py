@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mmattn.layout import Layout as Layout
     from mmattn.methods.act import ACT as ACT
     from mmattn.methods.agent_attention import AgentAttention as AgentAttention
+    from mmattn.methods.agentsd import AgentSD as AgentSD
     from mmattn.methods.attention_maps import AttentionMaps as AttentionMaps
     from mmattn.methods.base import AttentionMethod as AttentionMethod, Method as Method
     from mmattn.methods.dola import DoLa as DoLa
@@ -83,6 +84,7 @@ _EXPORTS = {
     "Identity": "mmattn.methods.identity",
     "ACT": "mmattn.methods.act",
     "AgentAttention": "mmattn.methods.agent_attention",
+    "AgentSD": "mmattn.methods.agentsd",
     "AttentionMaps": "mmattn.methods.attention_maps",
     "DoLa": "mmattn.methods.dola",
     "FastV": "mmattn.methods.fastv",

@@ -21,6 +21,7 @@ ENTRY_POINT_GROUP = "mmattn.methods"
 BUILTIN: dict[str, str] = {
     "act": "mmattn.methods.act:ACT",
     "agent-attention": "mmattn.methods.agent_attention:AgentAttention",
+    "agentsd": "mmattn.methods.agentsd:AgentSD",
     "attention-maps": "mmattn.methods.attention_maps:AttentionMaps",
     "dola": "mmattn.methods.dola:DoLa",
     "fastv": "mmattn.methods.fastv:FastV",

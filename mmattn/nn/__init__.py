@@ -1,0 +1,18 @@
+"""Layers and models that carry weights: trained attention methods. Importing it registers them with timm.
+
+``import mmattn.nn`` and then ``timm.create_model("agent_deit_tiny")``.
+"""
+
+from mmattn.nn import (
+    agent_cswin as agent_cswin,
+    agent_deit as agent_deit,
+    agent_pvt as agent_pvt,
+    agent_swin as agent_swin,
+    biformer as biformer,
+    flow as flow,
+    mala as mala,
+    moh as moh,
+    nala as nala,
+    nat as nat,
+    slab as slab,
+)

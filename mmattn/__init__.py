@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mmattn.methods.base import AttentionMethod as AttentionMethod, Method as Method
     from mmattn.methods.dola import DoLa as DoLa
     from mmattn.methods.fastv import FastV as FastV
+    from mmattn.methods.flashbias import FlashBias as FlashBias
     from mmattn.methods.flexprefill import FlexPrefill as FlexPrefill
     from mmattn.methods.hiprune import HiPrune as HiPrune
     from mmattn.methods.identity import Identity as Identity
@@ -88,6 +89,7 @@ _EXPORTS = {
     "AttentionMaps": "mmattn.methods.attention_maps",
     "DoLa": "mmattn.methods.dola",
     "FastV": "mmattn.methods.fastv",
+    "FlashBias": "mmattn.methods.flashbias",
     "FlexPrefill": "mmattn.methods.flexprefill",
     "HiPrune": "mmattn.methods.hiprune",
     "ImageGuidance": "mmattn.methods.imageguidance",

@@ -25,6 +25,7 @@ BUILTIN: dict[str, str] = {
     "attention-maps": "mmattn.methods.attention_maps:AttentionMaps",
     "dola": "mmattn.methods.dola:DoLa",
     "fastv": "mmattn.methods.fastv:FastV",
+    "flashbias": "mmattn.methods.flashbias:FlashBias",
     "flexprefill": "mmattn.methods.flexprefill:FlexPrefill",
     "hiprune": "mmattn.methods.hiprune:HiPrune",
     "identity": "mmattn.methods.identity:Identity",

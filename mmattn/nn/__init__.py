@@ -14,5 +14,6 @@ from mmattn.nn import (
     moh as moh,
     nala as nala,
     nat as nat,
+    probes as probes,
     slab as slab,
 )

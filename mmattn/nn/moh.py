@@ -174,7 +174,7 @@ class MoHAttention(nn.Module):
         if not self.skips or self.training or torch.compiler.is_compiling():
             return False
         site = self.__dict__.get(SLOT)
-        return True
+        return site is None or site.run is None or not site.run.enabled
 
     def _chosen_only(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
         """Like SDPA on ``[B, H, N, D]``, zero where a token did not choose a head."""

@@ -127,6 +127,41 @@ def parts(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[Part]:
                     yield Part(item, some, group, slice(start, stop), keys)
 
 
+def is_small(q: Tensor, k: Tensor) -> bool:
+    """Whether the scores of all rows together are no more than one part may hold.
+
+    Decoding and short prompts are: one product for the whole batch then beats a loop over its items.
+    """
+    size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return q.device.type == "cpu" and 0 < size <= _SCORES
+
+
+def all_scores(q: Tensor, k: Tensor, masking: Masking, scale: float) -> Tensor:
+    """Masked scores ``[B, H, Q, K]`` of a small problem; q and k already have the dtype to compute in."""
+    (b, h, q_len, _), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    rows = (q * scale).reshape(b, kv_heads, h // kv_heads * q_len, -1)
+    scores = (rows @ k.transpose(-1, -2)).view(b, h, q_len, k_len)
+    if masking.mask is not None:
+        if masking.mask.dtype == torch.bool:
+            scores.masked_fill_(~masking.mask, float("-inf"))
+        else:
+            scores.add_(masking.mask)
+    if masking.is_causal:
+        last = torch.arange(k_len - q_len, k_len, device=q.device)
+        late = torch.arange(k_len, device=q.device) > last[:, None]
+        scores.masked_fill_(late, float("-inf"))
+    if masking.groups is not None:
+        scores.masked_fill_((masking.groups < 0)[:, None, None], float("-inf"))
+    return scores
+
+
+def weighted(weights: Tensor, x: Tensor) -> Tensor:
+    """``[B, H, Q, K]`` times ``x [B, Hkv, K, D]`` of the heads' own key heads, ``[B, H, Q, D]``."""
+    b, h, q_len, k_len = weights.shape
+    rows = weights.reshape(b, x.shape[1], -1, k_len)
+    return (rows @ x).view(b, h, q_len, x.shape[3])
+
+
 class Workspace:
     """Memory for the scores and the probabilities of one part after the other."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmattn_kernels import BackendUnavailable, _row_blocks, grouped_attention
+from mmattn_kernels.grouped import torch as plain
 from oracles import dense, gradients, loss_of, random_qkv, sdpa_error
 
 SHAPES = [
@@ -15,6 +16,14 @@ SHAPES = [
     (2, 2, 1, 1, 64, 16),
     (1, 2, 2, 33, 111, 96),
 ]
+
+
+@pytest.fixture(autouse=True, params=["whole", "blocks"])
+def path(request, monkeypatch):
+    """Small problems take one product for the whole batch; both ways must give the same."""
+    if request.param == "blocks":
+        monkeypatch.setattr(plain, "is_small", lambda q, k: False)
+    return request.param
 
 
 def var(masses):

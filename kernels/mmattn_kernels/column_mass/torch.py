@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
-from mmattn_kernels._row_blocks import Masking, Workspace, add_to_keys, lift, parts
+from mmattn_kernels._row_blocks import (
+    Masking,
+    Workspace,
+    add_to_keys,
+    all_scores,
+    is_small,
+    lift,
+    parts,
+    weighted,
+)
 
 
 def forward(
@@ -25,6 +34,13 @@ def forward(
     mass = torch.zeros(*q.shape[:2], k.shape[2], dtype=work, device=q.device)
     query, key, value = lift(q, k, v)
     room = Workspace(query)
+    if is_small(q, k):
+        weights, lse = room.softmax(all_scores(query, key, masking, scale))
+        if query_weights is None:
+            mass = weights.sum(2)
+        else:
+            mass = (query_weights.to(work)[:, :, None] @ weights)[:, :, 0]
+        return weighted(weights, value).to(q.dtype), lse, mass
     for part in parts(q, k, is_causal):
         weights, row_lse = room.softmax(room.scores(query, key, part, masking, scale))
         part.put(lse, row_lse)

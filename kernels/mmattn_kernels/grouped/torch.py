@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from mmattn_kernels._checks import state_dtype
-from mmattn_kernels._row_blocks import Masking, Part, Workspace, add_to_keys, lift, parts
+from mmattn_kernels._row_blocks import (
+    Masking,
+    Part,
+    Workspace,
+    add_to_keys,
+    all_scores,
+    is_small,
+    lift,
+    parts,
+    weighted,
+)
 
 _MOST_RUNS = 64
 """Up to so many runs, multiplying run by run is cheaper than a product with the members."""
@@ -30,8 +40,7 @@ class Members:
     @classmethod
     def of(cls, groups: Tensor, count: int, dtype: torch.dtype) -> Members:
         """Read ``groups [B, K]``."""
-        names = torch.arange(count, device=groups.device)[:, None]
-        return cls((groups[:, None] == names).to(dtype), [_runs(line) for line in groups])
+        return cls(member_table(groups, count, dtype), [_runs(line) for line in groups])
 
     def sums(self, weights: Tensor, part: Part) -> Tensor:
         """Sum per group ``[P, n, G]`` of weights ``[P, n, keys]``."""
@@ -50,6 +59,12 @@ class Members:
             if start < part.keys:
                 weights[..., start : min(stop, part.keys)].mul_(factors[..., group, None])
         return weights
+
+
+def member_table(groups: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Numbers 0 and 1, ``[B, G, K]``: whether a key of ``groups [B, K]`` is in a group."""
+    names = torch.arange(count, device=groups.device)[:, None]
+    return (groups[:, None] == names).to(dtype)
 
 
 def _runs(line: Tensor) -> list[tuple[int, int, int]] | None:
@@ -80,11 +95,15 @@ def masses(
 ) -> tuple[Tensor, Tensor]:
     """LSE ``[B, H, Q]`` and probability per group ``[B, H, Q, G]``."""
     masking, work = _masking(mask, is_causal, groups), state_dtype(q)
+    query, key = lift(q, k)
+    room = Workspace(query)
+    if is_small(q, k):
+        weights, lse = room.softmax(all_scores(query, key, masking, scale))
+        table = member_table(groups, num_groups, work)
+        return lse, weights @ table[:, None].transpose(-1, -2)
     members = Members.of(groups, num_groups, work)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=work, device=q.device)
     found = torch.zeros(*q.shape[:3], num_groups, dtype=work, device=q.device)
-    query, key = lift(q, k)
-    room = Workspace(query)
     for part in parts(q, k, is_causal):
         weights, row_lse = room.softmax(room.scores(query, key, part, masking, scale))
         part.put(lse, row_lse)
@@ -133,10 +152,15 @@ def apply(
 ) -> Tensor:
     """``sum_j c_ig(j) P_ij v_j``, ``[B, H, Q, D]``."""
     masking, work = _masking(mask, is_causal, groups), state_dtype(q)
-    members = Members.of(groups, coefficients.shape[3], work)
     query, key, value = lift(q, k, v)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     room = Workspace(query)
+    if is_small(q, k):
+        weights, _ = room.softmax(all_scores(query, key, masking, scale))
+        table = member_table(groups, coefficients.shape[3], work)
+        weights = weights * (coefficients.to(work) @ table[:, None])
+        return weighted(weights, value).to(q.dtype)
+    members = Members.of(groups, coefficients.shape[3], work)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for part in parts(q, k, is_causal):
         scores = room.scores(query, key, part, masking, scale)
         weights = room.weights(scores, part.take(lse))

@@ -277,6 +277,9 @@ def attnmap(
     model: Model = "vlm",
     image: Images = None,
     prompt: Annotated[str | None, option("--prompt", "-p", help="Prompt or question.")] = None,
+    analytics: Annotated[
+        bool, option("--analytics", help="vit: importance and distance of every head instead.")
+    ] = False,
     out: Out = Path("out/attnmap"),
     seed: Seed = 0,
     steps: Annotated[int, option("--steps", min=1, help="Denoising steps.")] = 8,
@@ -285,10 +288,19 @@ def attnmap(
     as_json: Json = False,
     config: Config = None,
 ) -> None:
-    """Save heat-maps of where a model attends, one PNG per site."""
+    """Save heat-maps of where a model attends, one PNG per site.
+
+    With --analytics two profiles of a classifier: how much the result changes without each head, and how
+    far each head looks; over the pictures given, or for the embedded model over 256 procedural scenes.
+    """
     from mmattn.errors import ConfigError
 
-    loaded = _load(model, kind, device, ("t2i", "t2v", "vlm", "vit"), "attnmap")
+    kinds = ("vit",) if analytics else ("t2i", "t2v", "vlm", "vit")
+    loaded = _load(model, kind, device, kinds, "attnmap")
+    if analytics:
+        files = _profiles(loaded, image, out, seed)
+        emit_json([str(p) for p in files]) if as_json else emit("\n".join(map(str, files)))
+        return
     from mmattn.calls import answer, draw, logits, preprocess
     from mmattn.compare.heatmaps import save_maps
 
@@ -314,3 +326,25 @@ def attnmap(
         emit("\n".join(str(path) for path in files))
     if not files:
         raise typer.Exit(common.NOTHING_DONE)
+
+
+def _profiles(loaded: Loaded, image: list[Path] | None, out: Path, seed: int) -> list[Path]:
+    from mmattn.calls import preprocess
+    from mmattn.errors import ConfigError
+    from mmattn.evals.vit_analytics import attention_distance, head_importance
+
+    labels = None
+    if image:
+        pixels = preprocess(loaded, _open(image))
+    elif loaded.embedded:
+        import torch
+
+        from mmattn.mini.train_vit import HELD_OUT_SEED, draw_batch
+
+        pixels, labels = draw_batch(256, torch.Generator().manual_seed(HELD_OUT_SEED + seed))
+    else:
+        raise ConfigError("give pictures: --image photo.png, repeatable")
+    return [
+        head_importance(loaded.target, pixels, labels).save(out / "head_importance.png"),
+        attention_distance(loaded.target, pixels).save(out / "attention_distance.png"),
+    ]

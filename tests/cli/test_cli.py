@@ -378,3 +378,18 @@ def test_tune_says_what_is_missing(run):
         one_sentence(err)
     code, _, err = run("tune", "t2i", "-m", "neighborhood", "--min-recall", "1", "--steps", "2")
     assert code == 2 and "best recall" in err, err
+
+
+def test_attnmap_analytics_draws_two_profiles(run, photo, tmp_path):
+    code, out, err = run("attnmap", "--model", "vit", "--analytics", "-i", photo, "--json")
+    assert code == 0, err
+    files = json.loads(out)
+    assert [name.rsplit("/", 1)[-1] for name in files] == [
+        "head_importance.png",
+        "attention_distance.png",
+    ]
+    for name in files:
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 300 and len(picture.convert("L").getcolors()) > 20
+    code, _, err = run("attnmap", "--model", "t2i", "--analytics", "-p", "x")
+    assert code == 2 and "takes a model of kind vit" in err

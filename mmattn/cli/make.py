@@ -341,7 +341,8 @@ def _profiles(loaded: Loaded, image: list[Path] | None, out: Path, seed: int) ->
 
         from mmattn.mini.train_vit import HELD_OUT_SEED, draw_batch
 
-        pixels, labels = draw_batch(256, torch.Generator().manual_seed(HELD_OUT_SEED + seed))
+        drawn, labels = draw_batch(256, torch.Generator().manual_seed(HELD_OUT_SEED + seed))
+        pixels = drawn * 2 - 1
     else:
         raise ConfigError("give pictures: --image photo.png, repeatable")
     return [

@@ -73,6 +73,7 @@ class HeadProfile:
         left, right = figure.subplots(1, 2)
         image = left.imshow(self.values, aspect="auto")
         left.set_yticks(range(len(self.paths)), self.paths, fontsize=7)
+        left.set_xticks(range(self.values.shape[1]))
         left.set_xlabel("head")
         figure.colorbar(image, ax=left, label=self.what)
         layers = np.repeat(np.arange(len(self.paths)), self.values.shape[1])

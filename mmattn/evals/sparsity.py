@@ -303,6 +303,11 @@ def filmstrip(
     return path
 
 
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -316,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaded,
         options.clips,
         steps=options.steps,
-        progress=lambda text: print(text, file=sys.stderr, flush=True),  # noqa: T201
+        progress=_say,
     )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "sparsity.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")

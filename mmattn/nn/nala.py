@@ -20,11 +20,12 @@ import torch.nn.functional as F  # noqa: N812
 from mmattn_kernels import linear_attention
 from mmattn_kernels.linear.features import rotate
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, LayerScale2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from mmattn.errors import ConfigError
-from mmattn.nn.mala import ConvMlp, MAViT, Rope, checkpoint_filter_fn, pyramid_cfg
+from mmattn.nn._timm import pyramid_cfg, register_pyramid
+from mmattn.nn.mala import ConvMlp, MAViT, Rope, checkpoint_filter_fn
 
 __all__ = ["NaLa", "NaLaBlock", "NaLaFormer", "NaLaSoftmax", "key_features", "query_features"]
 
@@ -198,19 +199,9 @@ default_cfgs = generate_default_cfgs({name: pyramid_cfg() for name in VARIANTS})
 
 
 def _register(name: str) -> Any:
-    def create(pretrained: bool = False, **kwargs: Any) -> Any:
-        return build_model_with_cfg(
-            NaLaFormer,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-            **{"head_dim": 1024, **VARIANTS[name], **kwargs},
-        )
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"`NaLaFormer` with the settings of {name}."
-    return register_model(create)
+    return register_pyramid(
+        NaLaFormer, name, {"head_dim": 1024, **VARIANTS[name]}, checkpoint_filter_fn, __name__
+    )
 
 
 nalaformer_xtiny = _register("nalaformer_xtiny")

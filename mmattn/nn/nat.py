@@ -29,12 +29,13 @@ from timm.layers import (
     calculate_drop_path_rates,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from mmattn.errors import ConfigError
+from mmattn.nn._timm import pyramid_cfg, register_pyramid
 
 __all__ = ["NAT", "NATBlock", "NeighborhoodAttention2d", "fit_window", "neighbors"]
 
@@ -425,22 +426,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return renamed
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head.fc",
-        **kwargs,
-    }
-
-
 _DILATIONS = ((1, 8, 1), (1, 4, 1, 4), (1, 2), (1,))
 _MINI = {"dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0}
 _TINY = {"dim": 64, "depths": (3, 4, 18, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0}
@@ -459,23 +444,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Settings of every registered model."""
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+default_cfgs = generate_default_cfgs({name: pyramid_cfg() for name in VARIANTS})
 
 
 def _register(name: str) -> Any:
-    def create(pretrained: bool = False, **kwargs: Any) -> Any:
-        return build_model_with_cfg(
-            NAT,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-            **{**VARIANTS[name], **kwargs},
-        )
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"`NAT` with the settings of {name}."
-    return register_model(create)
+    return register_pyramid(NAT, name, VARIANTS[name], checkpoint_filter_fn, __name__)
 
 
 nat_mini = _register("nat_mini")

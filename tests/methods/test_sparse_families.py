@@ -137,7 +137,7 @@ def test_keeping_everything_is_the_untouched_model_bitwise(family):
 
 def test_lora_compile_and_vmoba_together():
     """An adapter is added, the model compiled, VMoBA attached: all three act, none breaks another."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="LoRA needs the extra [train]")
     model, inputs = zoo.model("wan"), zoo.inputs("wan", 1, GRID)
     model.add_adapter(
         peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "extra"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mmattn import __version__
-from mmattn.cli import evaluate, look, make, mini, tune, weigh
+from mmattn.cli import doctor, evaluate, look, make, mini, tune, weigh
 
 app = typer.Typer(
     name="mmattn",
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 look.register(app)
+doctor.register(app)
 make.register(app)
 weigh.register(app)
 evaluate.register(app)

@@ -1,8 +1,7 @@
-"""Verbs that look and change nothing: ``methods``, ``plan``, ``doctor``."""
+"""Verbs that look and change nothing: ``methods``, ``plan``."""
 
 from __future__ import annotations
 
-import platform
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +27,6 @@ def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command("methods")(methods)
     app.command("plan")(plan)
-    app.command("doctor")(doctor)
 
 
 @guarded
@@ -100,80 +98,3 @@ def plan(
     else:
         emit(str(made))
     made.raise_if_empty()
-
-
-def _extras() -> dict[str, str | None]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    packages = {
-        "clip": "open_clip_torch",
-        "demo": "gradio",
-        "xformers": "xformers",
-        "train": "peft",
-        "ray": "ray",
-        "eval": "torchmetrics",
-    }
-    found: dict[str, str | None] = {}
-    for extra, package in packages.items():
-        try:
-            found[extra] = f"{package} {version(package)}"
-        except PackageNotFoundError:
-            found[extra] = None
-    return found
-
-
-@guarded
-def doctor(as_json: Json = False, config: Config = None) -> None:
-    """Check this installation: libraries, devices, kernels, embedded models, video encoder."""
-    from dataclasses import asdict
-
-    import torch
-
-    from mmattn import __version__
-    from mmattn.batch.writers import video_encoder
-    from mmattn.measuring import package_versions
-    from mmattn.mini import manifest
-
-    devices = [f"cpu, {torch.get_num_threads()} threads"]
-    if torch.cuda.is_available():
-        devices += [
-            f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
-        ]
-    versions = package_versions()
-    usable = versions["triton"] is not None and torch.cuda.is_available()
-    checks = [manifest.check(name) for name in manifest.NAMES]
-    data = {
-        "mmattn": __version__,
-        "python": platform.python_version(),
-        "versions": versions,
-        "devices": devices,
-        "triton_kernels": usable,
-        "embedded": [{**asdict(check), "ok": check.ok} for check in checks],
-        "video_encoder": video_encoder() or "animated WebP",
-        "extras": _extras(),
-    }
-    if as_json:
-        emit_json(data)
-    else:
-        emit(_doctor_text(data))
-    if not all(check.ok for check in checks):
-        raise typer.Exit(common.SOME_FAILED)
-
-
-def _doctor_text(data: dict[str, Any]) -> str:
-    rows = [["mmattn", data["mmattn"]], ["python", data["python"]]]
-    rows += [[name, text or "missing"] for name, text in data["versions"].items()]
-    rows += [["device", text] for text in data["devices"]]
-    why = "ready" if data["triton_kernels"] else "not usable here; the torch versions run instead"
-    rows.append(["triton kernels", why])
-    for check in data["embedded"]:
-        state = f"ok, {check['files']} files, {check['bytes'] / 2**20:.1f} MB"
-        rows.append(
-            [f"model {check['name']}", state if check["ok"] else "; ".join(check["problems"][:3])]
-        )
-    rows.append(["video", data["video_encoder"]])
-    rows += [
-        [f"extra [{extra}]", text or f"missing; pip install 'mmattn[{extra}]'"]
-        for extra, text in data["extras"].items()
-    ]
-    return common.rows_as_text(["part", "state"], rows)

@@ -261,8 +261,22 @@ def test_doctor_names_what_is_missing(run):
     models = {entry["name"]: entry for entry in data["embedded"]}
     assert code == 3 and models["vit"]["ok"] and not models["t2v"]["present"]
     assert data["versions"]["torch"] and data["devices"][0].startswith("cpu")
+    op = data["backends"]["block_sparse_attention"]
+    assert op["auto"] == "torch" and op["reasons"]["torch"] is None
     code, out, _ = run("doctor")
     assert code == 3 and "model t2v" in out and "no files in" in out
+    line = next(line for line in out.splitlines() if "neighborhood_attention" in line)
+    assert "natten" in out and len(line.split("  ")) > 2
+
+
+def test_doctor_says_why_a_back_end_cannot_run(monkeypatch):
+    from mmattn.cli import doctor
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = doctor.backends()
+    assert len(found) >= 8
+    for op in found.values():
+        assert "not on a CUDA device" in op["reasons"]["triton"] and op["auto"] == "torch"
 
 
 def test_mini_list_and_verify(run, root, tmp_path, monkeypatch):

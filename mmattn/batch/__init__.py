@@ -1,1 +1,1 @@
-"""Many items in one run: writers for pictures, clips, grids and their metadata."""
+"""Many items in one run: job files, items, a worker for any engine, the manifest, and file writers."""

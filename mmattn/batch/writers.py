@@ -7,9 +7,10 @@ Pictures carry ``parameters`` (the line that image viewers of the Stable Diffusi
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,27 +30,54 @@ FAINT: Ink = (110, 112, 118)
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block succeeds."""
+    """A temporary path beside `path` that takes its place when the block succeeds.
+
+    File and folder are synced, so a file under its own name survives a power cut whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    # Names are limited to 255 bytes; the pid tells whose litter a leftover is.
+    stem = path.name.encode()[:180].decode(errors="ignore")
+    temporary = path.parent / f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        _sync(temporary)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put(descriptor: int, data: bytes) -> None:
+    """Write all of `data`, also where the system takes it in pieces."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write bytes."""
+    with atomic(path) as temporary:
+        descriptor = os.open(temporary, os.O_WRONLY)
+        try:
+            put(descriptor, data)
+        finally:
+            os.close(descriptor)
+    return Path(path)
 
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return Path(path)
+    return write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, data: Any) -> Path:
@@ -103,10 +131,9 @@ def write_image(
     if meta is not None:
         info.add_itxt("parameters", parameters_line(meta))
         info.add_itxt("mmattn", json.dumps(meta, ensure_ascii=False, default=str))
-    image = upscale(picture, scale)
-    with atomic(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info, optimize=True)
-    return Path(path)
+    encoded = io.BytesIO()
+    upscale(picture, scale).save(encoded, format="PNG", pnginfo=info, optimize=True)
+    return write_bytes(path, encoded.getvalue())
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

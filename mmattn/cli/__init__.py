@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mmattn import __version__
-from mmattn.cli import doctor, evaluate, look, make, mini, tune, weigh
+from mmattn.cli import batch, demo, doctor, evaluate, look, make, mini, train, tune, weigh
 
 app = typer.Typer(
     name="mmattn",
@@ -26,9 +26,12 @@ app = typer.Typer(
 look.register(app)
 doctor.register(app)
 make.register(app)
+batch.register(app)
 weigh.register(app)
 evaluate.register(app)
 tune.register(app)
+demo.register(app)
+app.add_typer(train.app, name="train", help="Train adapters, such as In-Context LoRAs.")
 app.add_typer(mini.app, name="mini", help="The embedded models: list, train, verify.")
 
 

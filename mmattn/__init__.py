@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mmattn.methods.act import ACT as ACT
     from mmattn.methods.agent_attention import AgentAttention as AgentAttention
     from mmattn.methods.agentsd import AgentSD as AgentSD
+    from mmattn.methods.astar import AStar as AStar
     from mmattn.methods.attention_maps import AttentionMaps as AttentionMaps
     from mmattn.methods.base import AttentionMethod as AttentionMethod, Method as Method
     from mmattn.methods.dola import DoLa as DoLa
@@ -40,11 +41,14 @@ if TYPE_CHECKING:
     from mmattn.methods.hiprune import HiPrune as HiPrune
     from mmattn.methods.identity import Identity as Identity
     from mmattn.methods.imageguidance import ImageGuidance as ImageGuidance
+    from mmattn.methods.isolation_reposition import IsolationReposition as IsolationReposition
     from mmattn.methods.largepig import LargePiG as LargePiG
     from mmattn.methods.merge_prune import MergePrune as MergePrune
     from mmattn.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
+    from mmattn.methods.opera import Opera as Opera, opera_search as opera_search
     from mmattn.methods.pai import PAI as PAI
     from mmattn.methods.paint import PAINT as PAINT
+    from mmattn.methods.panel_attention import PanelAttention as PanelAttention
     from mmattn.methods.proxyattn import ProxyAttn as ProxyAttn
     from mmattn.methods.pyramiddrop import PyramidDrop as PyramidDrop
     from mmattn.methods.random_blocks import RandomBlocks as RandomBlocks
@@ -86,6 +90,7 @@ _EXPORTS = {
     "ACT": "mmattn.methods.act",
     "AgentAttention": "mmattn.methods.agent_attention",
     "AgentSD": "mmattn.methods.agentsd",
+    "AStar": "mmattn.methods.astar",
     "AttentionMaps": "mmattn.methods.attention_maps",
     "DoLa": "mmattn.methods.dola",
     "FastV": "mmattn.methods.fastv",
@@ -93,11 +98,15 @@ _EXPORTS = {
     "FlexPrefill": "mmattn.methods.flexprefill",
     "HiPrune": "mmattn.methods.hiprune",
     "ImageGuidance": "mmattn.methods.imageguidance",
+    "IsolationReposition": "mmattn.methods.isolation_reposition",
     "LargePiG": "mmattn.methods.largepig",
     "MergePrune": "mmattn.methods.merge_prune",
     "NeighborhoodAttention": "mmattn.methods.neighborhood",
+    "Opera": "mmattn.methods.opera",
+    "opera_search": "mmattn.methods.opera",
     "PAI": "mmattn.methods.pai",
     "PAINT": "mmattn.methods.paint",
+    "PanelAttention": "mmattn.methods.panel_attention",
     "ProxyAttn": "mmattn.methods.proxyattn",
     "PyramidDrop": "mmattn.methods.pyramiddrop",
     "RandomBlocks": "mmattn.methods.random_blocks",

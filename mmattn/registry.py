@@ -22,6 +22,7 @@ BUILTIN: dict[str, str] = {
     "act": "mmattn.methods.act:ACT",
     "agent-attention": "mmattn.methods.agent_attention:AgentAttention",
     "agentsd": "mmattn.methods.agentsd:AgentSD",
+    "astar": "mmattn.methods.astar:AStar",
     "attention-maps": "mmattn.methods.attention_maps:AttentionMaps",
     "dola": "mmattn.methods.dola:DoLa",
     "fastv": "mmattn.methods.fastv:FastV",
@@ -30,11 +31,14 @@ BUILTIN: dict[str, str] = {
     "hiprune": "mmattn.methods.hiprune:HiPrune",
     "identity": "mmattn.methods.identity:Identity",
     "image-guidance": "mmattn.methods.imageguidance:ImageGuidance",
+    "isolation-reposition": "mmattn.methods.isolation_reposition:IsolationReposition",
     "largepig": "mmattn.methods.largepig:LargePiG",
     "merge-prune": "mmattn.methods.merge_prune:MergePrune",
     "neighborhood": "mmattn.methods.neighborhood:NeighborhoodAttention",
+    "opera": "mmattn.methods.opera:Opera",
     "pai": "mmattn.methods.pai:PAI",
     "paint": "mmattn.methods.paint:PAINT",
+    "panel-attention": "mmattn.methods.panel_attention:PanelAttention",
     "proxyattn": "mmattn.methods.proxyattn:ProxyAttn",
     "pyramiddrop": "mmattn.methods.pyramiddrop:PyramidDrop",
     "random-blocks": "mmattn.methods.random_blocks:RandomBlocks",
@@ -174,8 +178,14 @@ def markdown() -> str:
     """The documentation's table of methods, one generated line per method."""
     head = "| method | seams | site kinds | hosts | training-free | paper |\n|---|---|---|---|---|---|\n"
     lines = [
-        f"| `{row.cls.__name__}` (`{row.name}`) | {', '.join(row.seams)} | {', '.join(row.kinds)} "
+        f"| {_linked(row)} (`{row.name}`) | {', '.join(row.seams)} | {', '.join(row.kinds)} "
         f"| {', '.join(row.hosts)} | {'yes' if row.training_free else 'no'} | {row.paper} |"
         for row in methods()
     ]
     return head + "\n".join(lines) + "\n"
+
+
+def _linked(row: MethodInfo) -> str:
+    """The class, linked to its page where the project has one; plug-ins have theirs elsewhere."""
+    name = f"`{row.cls.__name__}`"
+    return f"[{name}](methods/{row.name}.md)" if row.name in BUILTIN else name

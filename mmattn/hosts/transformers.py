@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from mmattn.errors import ConflictError, NoSiteError
-from mmattn.hosts.base import ClassSwap, Handle, LogitsHook, named_sites, number
+from mmattn.hosts.base import ClassSwap, Handle, named_sites, number
 from mmattn.hosts.transformers_cut import Hooks
 from mmattn.hosts.transformers_features import Family, family_of
+from mmattn.hosts.transformers_inner import inner_of, logits_hook
 from mmattn.hosts.transformers_language import LanguageHook
 from mmattn.hosts.transformers_layout import (
     ImageTokens,
@@ -35,6 +36,7 @@ from mmattn.hosts.transformers_layout import (
     takes_tokens,
     vision_layout,
 )
+from mmattn.hosts.transformers_qformer import before_qformer
 from mmattn.rebind import SLOT, subclass
 from mmattn.runs import Pictures, Root
 from mmattn.seams import Seam
@@ -49,11 +51,13 @@ class Tower(Root):
         role: ``vision``, ``qformer`` or ``language``.
         tokens: image positions; the language tower of a vision-language model only.
         fusion: the model that puts image features among the token embeddings.
-        family: how that model packs its image features; None where pruning is not known.
-        vision: sites of the vision tower that feeds this language tower.
+        family: how that model packs its image features, at the tower before which tokens are dropped: the
+            language tower, or the Q-Former that stands before it. None where pruning is not known.
+        vision: sites of the vision tower that feeds this tower.
         prunable: whether any tower of the target has a `family`.
-        decoder: sites of the language tower behind the logits; the whole model only.
-        pictures: the last call for image features, shared by the language tower and the whole model.
+        language: the language tower behind the logits; the whole model only.
+        inner: path of the language model that the whole model lets generate alone, and that model.
+        pictures: the last call for image features.
     """
 
     role: str = "language"
@@ -62,7 +66,8 @@ class Tower(Root):
     family: Family | None = None
     vision: list[Site] = field(default_factory=list)
     prunable: bool = False
-    decoder: list[Site] = field(default_factory=list)
+    language: Tower | None = None
+    inner: tuple[str, torch.nn.Module] | None = None
     pictures: Pictures | None = None
 
 
@@ -73,7 +78,7 @@ class TransformersHost:
     decoders whose prompts hold image tokens also ``multimodal``.
     Vision sites carry more: ``output`` at the block whose output the language model gets, ``windowed``
     and ``packed`` in Qwen towers, ``prunable`` where the features seam exists (LLaVA, LLaVA-NeXT,
-    Qwen2-VL, Qwen2.5-VL, Idefics3, SmolVLM).
+    Qwen2-VL, Qwen2.5-VL, Idefics3, SmolVLM, InstructBLIP).
 
     Decoder sites see the padding mask as the model made it, key and value heads not repeated, and
     `Layout.image_mask` of the prompt, during decoding too. Their tokens seam is the whole block, before
@@ -81,7 +86,8 @@ class TransformersHost:
 
     With a features method the language model gets fewer tokens than `input_ids` has. `generate` returns
     what it always returns; the logits and hidden states of a bare forward have the shorter length, so
-    a loss over `labels` cannot be computed while such a method is attached.
+    a loss over `labels` cannot be computed while such a method is attached. InstructBLIP's language model
+    gets as many tokens as ever; its Q-Former gets fewer patches.
     """
 
     name = "transformers"
@@ -129,9 +135,11 @@ class TransformersHost:
         if "" not in towers:  # the whole model has no sites of its own, but it returns the logits
             prunable = any(tower.prunable for tower in towers.values())
             towers[""] = Tower("", target, role="whole", prunable=prunable)
-        language = next((t for t in towers.values() if t.tokens is not None), None)
-        if language is not None:
-            towers[""].decoder, towers[""].pictures = language.sites, language.pictures
+        whole = towers[""]
+        whole.language = next((t for t in towers.values() if t.tokens is not None), None)
+        inner = next((found for m in modules.values() if (found := inner_of(m)) is not None), None)
+        if inner is not None:
+            whole.inner = next((path, m) for path, m in modules.items() if m is inner)
         return list(towers.values())
 
     def _site(
@@ -166,11 +174,16 @@ class TransformersHost:
             tower.layout = tower.tokens.layout
             tower.fusion = fusion
             tower.pictures = Pictures(tower.tokens.ids, fusion)
-            tower.family = family_of(fusion)
-            if tower.family is not None:
-                eyes = tower.family.tower(fusion)
-                vision = next((t for t in towers.values() if t.module is eyes), None)
-                tower.vision = vision.sites if vision is not None else []
+            family = family_of(fusion)
+            if family is None:
+                continue
+            eyes = family.tower(fusion)
+            vision = next((t for t in towers.values() if t.module is eyes), None)
+            before = tower
+            if family.queried:
+                before = next(t for t in towers.values() if t.role == "qformer")
+            before.family, before.fusion = family, fusion
+            before.vision = vision.sites if vision is not None else []
         prunable = any(tower.family is not None for tower in towers.values())
         for tower in towers.values():
             tower.prunable = prunable
@@ -197,15 +210,17 @@ class TransformersHost:
         if features and not root.prunable:
             raise NoSiteError(
                 f"{features[0][1].name} prunes image tokens between the vision tower and the language "
-                "model, which mmattn knows for LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL, Idefics3 and "
-                "SmolVLM. This target has no such place; attach to the whole vision-language model."
+                "model, which mmattn knows for LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL, Idefics3, SmolVLM "
+                "and (before its Q-Former) InstructBLIP. This target has no such place; attach to the whole "
+                "vision-language model."
             )
         if len(features) > 1:
             names = " and ".join(m.name for _, m in features)
             raise ConflictError(f"{names} both prune the image tokens; attach one of them.")
         if "logits" in seams and root.name == "":
-            decoder, pictures = root.decoder, root.pictures
-            made.append(LogitsHook(root, sites, seam.run, decoder=decoder, pictures=pictures))
+            made.append(logits_hook(root, sites, seam.run))
+        if root.role == "qformer" and root.family is not None and features:
+            return [*made, *before_qformer(root, sites, seam.run, features[0])]
         if root.tokens is None:
             return made
         seam.run.carried += [root.tokens, root.pictures]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmattn.errors import UnsupportedCall
 from mmattn.hosts.transformers_features import Packed
 from mmattn.hosts.transformers_layout import argument
-from mmattn.runs import removable_hook
+from mmattn.layout import Kept, Tile
+from mmattn.runs import Run, removable_hook
+from mmattn.sites import Site
+
+if TYPE_CHECKING:
+    from mmattn.hosts.transformers import Tower
 
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
 
@@ -68,12 +73,15 @@ class Seen:
     features: list[torch.Tensor]
     tokens: torch.Tensor
     raw: torch.Tensor | None
-    texts: list[torch.Tensor] | None = None
+    texts: Sequence[torch.Tensor | None] | None = None
     kept: list[torch.Tensor] = field(default_factory=list)
     shown: list[torch.Tensor] = field(default_factory=list)
 
     def settle(
-        self, texts: list[torch.Tensor], kept: torch.Tensor, new: torch.Tensor | None
+        self,
+        texts: Sequence[torch.Tensor | None],
+        kept: torch.Tensor,
+        new: torch.Tensor | None,
     ) -> None:
         """Note what was chosen, in tower tokens: ``kept [T]``, and ``new [T, C]`` features or None."""
         self.texts, self.kept, self.shown = texts, [], []
@@ -89,7 +97,7 @@ class Seen:
         A generation without a key/value cache runs the prompt again and again, longer every time.
         """
         return self.texts is not None and all(
-            len(now) >= len(then) and torch.equal(now[: len(then)], then)
+            then is not None and len(now) >= len(then) and torch.equal(now[: len(then)], then)
             for now, then in zip(texts, self.texts, strict=True)
         )
 
@@ -124,6 +132,50 @@ class Seen:
                 )
             found.append((alike, held))
         return found
+
+
+def choose(
+    tower: Tower, run: Run, place: Site, seen: Seen, texts: Sequence[torch.Tensor | None]
+) -> None:
+    """Ask the method, tile by tile, which tokens to keep, and settle it in `seen`.
+
+    Args:
+        tower: knows the model and its vision sites.
+        run: of the place.
+        place: site of the features method.
+        seen: the images.
+        texts: for each image the text of the prompt that shows it, ``[L, C]``, or None.
+    """
+    fusion, family = tower.fusion, tower.family
+    assert family is not None
+    slot, method = place.feature_methods[0]
+    place.slot, place.phase = slot, run.phases[slot]
+    place.meter.tick()
+    eyes = tuple(s for s in tower.vision if any(m is method for _, m in s.attention))
+    for site in eyes:
+        site.slot, site.call = next(i for i, m in site.attention if m is method), 0
+    flat = seen.tokens.flatten(0, -2)
+    raw = None if seen.raw is None else seen.raw.flatten(0, -2)
+    # Without its hooks: one of them takes every output for new features.
+    project = None if raw is None else family.projector(fusion).forward
+    kept = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
+    new: torch.Tensor | None = None
+    for image, text in zip(seen.images, texts, strict=True):
+        for first, (y, x) in image.tiles:
+            span = slice(first, first + y * x)
+
+            def gather(values: Any, span: slice = span) -> torch.Tensor:
+                return family.per_token(fusion, seen.call, seen.tokens, values)[span]
+
+            before = None if raw is None else raw[span]
+            tile = Tile(flat[span], (y, x), len(image.tiles), eyes, gather, text, before, project)
+            indices: Any = method.features(tile, site=place)
+            if isinstance(indices, Kept):
+                new = flat.clone() if new is None else new
+                new[first + indices.indices] = indices.features.to(new)
+                indices = indices.indices
+            kept[first + indices] = True
+    seen.settle(texts, kept, new)
 
 
 @dataclass

@@ -4,9 +4,9 @@ A family answers: which tower and which feature layer feed the language model, w
 prompt comes from, and how numbers per patch of the tower become numbers per token. "Tower tokens" are
 the projected features of all tiles of a call, one after the other, before any packing.
 
-InstructBLIP is left out on purpose: its 32 tokens are answers of a Q-Former to learned queries. They have
-no grid and no patches, so there is nothing that attention over patches could say about one of them, and
-with 32 tokens there is little to save.
+InstructBLIP is different: its prompt always holds the 32 answers of a Q-Former to learned queries. They have
+no grid and no patches, so there is nothing that attention over patches could say about one of them. What
+can be pruned there are the patches that the Q-Former looks at (`transformers_qformer`).
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class Family:
 
     Class attributes:
         tokenwise: whether the projector takes ``[tiles, M, E]`` and treats every token by itself.
+        queried: whether a Q-Former stands between the tower and the prompt.
     """
 
     tokenwise = False
+    queried = False
 
     def tower(self, fusion: Any) -> torch.nn.Module | None:
         """The vision tower."""
@@ -229,6 +231,24 @@ class Idefics3(Family):
         return cells.mean((2, 4)).flatten(0, 2)
 
 
+class InstructBlip(Family):
+    """InstructBLIP: a ViT whose patches, after a class token, are the keys of a Q-Former."""
+
+    queried = True
+
+    def tower(self, fusion: Any) -> torch.nn.Module | None:
+        return getattr(fusion, "vision_model", None)
+
+    def tokens(self, fusion: Any, out: Any) -> torch.Tensor:
+        return out[:, 1:]  # type: ignore[no-any-return]
+
+    def images(self, fusion: Any, call: dict[str, Any], tokens: torch.Tensor) -> list[Packed]:
+        grid = _grid(fusion, call["pixel_values"], tokens)
+        size = tokens.shape[1]
+        each = torch.arange(size, device=tokens.device)
+        return [Packed(each + i * size, ((i * size, grid),)) for i in range(tokens.shape[0])]
+
+
 def window_order(visual: Any, grids: torch.Tensor) -> torch.Tensor:
     """``[M]``: for every merged token, in the order Qwen2.5-VL's tower keeps them, its raster index."""
     merge = visual.spatial_merge_size
@@ -264,6 +284,8 @@ _FAMILIES: dict[str, Family] = {
     "Qwen2_5_VLModel": QwenVL(),
     "Idefics3Model": Idefics3(),
     "SmolVLMModel": Idefics3(),
+    "InstructBlipForConditionalGeneration": InstructBlip(),
+    "InstructBlipModel": InstructBlip(),
 }
 
 

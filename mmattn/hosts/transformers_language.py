@@ -26,10 +26,10 @@ from mmattn.hosts.transformers_cut import (
     Seen,
     add_twins,
     check_shapes,
+    choose,
     first_rows,
 )
 from mmattn.hosts.transformers_layout import ImageTokens, argument, past_length
-from mmattn.layout import Kept, Tile
 from mmattn.rebind import subclass
 from mmattn.runs import Run
 from mmattn.sites import Site
@@ -180,41 +180,6 @@ class LanguageHook(Hooks):
             self.place.meter.fell_back(str(error))
             self._refused = True
 
-    def _choose(self, seen: Seen, texts: list[torch.Tensor]) -> None:
-        """Ask the method, tile by tile, which tokens to keep."""
-        place, fusion, family = self.place, self.tower.fusion, self.tower.family
-        assert place is not None and family is not None
-        slot, method = place.feature_methods[0]
-        place.slot, place.phase = slot, self.run.phases[slot]
-        place.meter.tick()
-        tower = tuple(s for s in self.tower.vision if any(m is method for _, m in s.attention))
-        for site in tower:
-            site.slot, site.call = next(i for i, m in site.attention if m is method), 0
-        flat = seen.tokens.flatten(0, -2)
-        raw = None if seen.raw is None else seen.raw.flatten(0, -2)
-        # Without its hooks: one of them takes every output for new features.
-        project = None if raw is None else family.projector(fusion).forward
-        kept = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
-        new: torch.Tensor | None = None
-        for image, text in zip(seen.images, texts, strict=True):
-            for first, (y, x) in image.tiles:
-                span = slice(first, first + y * x)
-
-                def gather(values: Any, span: slice = span) -> torch.Tensor:
-                    return family.per_token(fusion, seen.call, seen.tokens, values)[span]
-
-                before = None if raw is None else raw[span]
-                tile = Tile(
-                    flat[span], (y, x), len(image.tiles), tower, gather, text, before, project
-                )
-                indices: Any = method.features(tile, site=place)
-                if isinstance(indices, Kept):
-                    new = flat.clone() if new is None else new
-                    new[first + indices.indices] = indices.features.to(new)
-                    indices = indices.indices
-                kept[first + indices] = True
-        seen.settle(texts, kept, new)
-
     def _columns(self, kwargs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
         """Columns of the prompt to keep, ``[B, N]``; replaced features are put into the embeddings.
 
@@ -240,7 +205,8 @@ class LanguageHook(Hooks):
             for i in held:
                 texts[i] = embeds[alike.start][words[alike.start]]
         if not seen.answers(texts):
-            self._choose(seen, texts)
+            assert self.place is not None
+            choose(self.tower, self.run, self.place, seen, texts)
         for alike, held in rows:
             if not held:
                 continue

@@ -141,12 +141,20 @@ class ImageTokens:
         self.mask: torch.Tensor | None = None
         self.twins = 0
         self._next: torch.Tensor | None = None
+        self._seen: torch.Tensor | None = None
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook on the token embedding: remember the ids until the language model runs."""
         ids = argument(args, kwargs, 0, "input")
         if not torch.compiler.is_compiling() and isinstance(ids, torch.Tensor) and ids.ndim == 2:
-            self._next = self.among(ids)
+            self._next, self._seen = self.among(ids), ids
+
+    def behind(self, embeds: torch.Tensor) -> torch.Tensor | None:
+        """The ids that became ``embeds [B, N, C]``, ``[B, N]``; None when they were never seen.
+
+        Call it before the language model runs.
+        """
+        return _repeated(self._seen, embeds)
 
     def among(self, ids: torch.Tensor) -> torch.Tensor | None:
         """``[B, N]`` bool, True at placeholder ids; None where there are no such ids."""
@@ -158,15 +166,10 @@ class ImageTokens:
         """Image positions of the call that starts, or None when its ids were never seen."""
         ids = argument(args, kwargs, 0, "input_ids")
         embeds = kwargs.get("inputs_embeds")
-        seen, self._next = self._next, None
+        seen, self._next, self._seen = self._next, None, None
         if isinstance(ids, torch.Tensor):
             return self.among(ids)
-        if seen is None or embeds is None or seen.shape[1] != embeds.shape[1]:
-            return None
-        copies, rest = divmod(
-            embeds.shape[0], seen.shape[0]
-        )  # InstructBLIP expands to beams after it
-        return None if rest or not copies else seen.repeat_interleave(copies, dim=0)
+        return None if embeds is None else _repeated(seen, embeds)
 
     def put(self, mask: torch.Tensor | None, twins: int = 0) -> None:
         """Replace what the next `take` returns, after tokens were dropped or rows added."""
@@ -185,3 +188,11 @@ class ImageTokens:
             gap = past - self.mask.shape[1]
             self.mask = torch.cat([torch.nn.functional.pad(self.mask, (0, gap)), new], dim=1)
         return Layout(image_mask=self.mask, past=past, twins=self.twins)
+
+
+def _repeated(seen: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor | None:
+    """``seen [b, N]`` with each row as often as `embeds` has it; InstructBLIP expands to beams later."""
+    if seen is None or seen.shape[1] != embeds.shape[1]:
+        return None
+    copies, rest = divmod(embeds.shape[0], seen.shape[0])
+    return None if rest or not copies else seen.repeat_interleave(copies, dim=0)

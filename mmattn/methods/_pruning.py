@@ -12,7 +12,7 @@ from mmattn.methods.base import Dense, require
 from mmattn.seams import Opaque
 from mmattn.sites import Site
 
-FAMILIES = "LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL, Idefics3, SmolVLM"
+FAMILIES = "LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL, Idefics3, SmolVLM, InstructBLIP"
 """Models with a features seam, for messages."""
 
 

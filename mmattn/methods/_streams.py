@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -114,7 +114,7 @@ def second_logits(
         stream, keep = Stream(ids.shape[0]), 1
         if cache is not None:
             stream.main = weakref.ref(cache, functools.partial(_ended, weakref.ref(stream)))
-            _lead(cache, stream)
+            follow_beams(cache, stream)
             site.state["stream"] = stream
     else:
         stream, keep = _continued(site, call), logits.shape[1]
@@ -204,6 +204,28 @@ def plausible(scores: torch.Tensor, beta: float) -> torch.Tensor:
     return scores >= best + torch.tensor(beta, dtype=scores.dtype, device=scores.device).log()
 
 
+class Follower(Protocol):
+    """Something with one row per row of a cache."""
+
+    def reorder(self, beams: torch.Tensor) -> None:
+        """Take rows `beams` in place of all."""
+        ...
+
+
+def follow_beams(cache: Any, follower: Follower) -> None:
+    """Have `cache` take `follower` along when its beams are reordered; it does not keep it alive."""
+    if SLOT not in cache.__dict__:
+        cache.__class__ = _leading(type(cache))
+        cache.__dict__[SLOT] = weakref.WeakSet()
+    cache.__dict__[SLOT].add(follower)
+
+
+def cache_name(module: torch.nn.Module) -> str:
+    """What a model calls its key/value cache."""
+    names = inspect.signature(type(module).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 def repeated(call: ModelCall) -> dict[str, Any]:
     """The arguments of the running call without those that concern its cache and its outputs."""
     return {
@@ -245,7 +267,7 @@ def _forward(call: ModelCall, stream: Stream, arguments: dict[str, Any], keep: i
     cached = call.cache is not None
     names = inspect.signature(type(call.module).forward).parameters
     if stream.cache is not None:
-        arguments["cache" if "cache" in names else "past_key_values"] = stream.cache
+        arguments[cache_name(call.module)] = stream.cache
     if "logits_to_keep" in names:
         arguments["logits_to_keep"] = keep
     output = call.module(**arguments, use_cache=cached, return_dict=True)
@@ -295,18 +317,10 @@ def _ended(stream: weakref.ref[Stream], main: Any) -> None:
         one.cache = one.aside = None
 
 
-def _lead(cache: Any, stream: Stream) -> None:
-    """Have `cache` take the second stream along when its beams are reordered."""
-    if SLOT not in cache.__dict__:
-        cache.__class__ = _leading(type(cache))
-        cache.__dict__[SLOT] = weakref.WeakSet()
-    cache.__dict__[SLOT].add(stream)
-
-
 def _leading(base: Any) -> type:
     def reorder_cache(self: Any, beam_idx: torch.Tensor) -> None:
         base.reorder_cache(self, beam_idx)
-        for stream in self.__dict__.get(SLOT, ()):
-            stream.reorder(beam_idx)
+        for follower in self.__dict__.get(SLOT, ()):
+            follower.reorder(beam_idx)
 
     return subclass(base, reorder_cache=functools.wraps(base.reorder_cache)(reorder_cache))

@@ -11,6 +11,7 @@ from mmattn_kernels import attention_with_column_mass, grouped_attention
 
 from mmattn.errors import UnsupportedCall
 from mmattn.methods import _decoder_keys as decoder
+from mmattn.methods._density_peaks import density_peaks
 from mmattn.methods.base import Dense, Method, require
 from mmattn.sites import Site
 
@@ -30,16 +31,24 @@ class VASparse(Method):
     Sparsification", arXiv 2501.06553; compared there with VCD, DoLa, OPERA and HALC on CHAIR, POPE
     and MME. This is the paper's algorithm: the released code runs neither the penalty nor the selection.
 
-    Deviations: keys that are not selected are left out of the row and stay in the cache, so that they may
-    come back at the next token; the paper merges them into clusters whose number it does not give. Nothing
-    gets faster here by leaving them out. w and P are those of the layer and, as the paper does not say
-    which, of attention before the penalty. The random masking of image tokens before the contrast is not
+    The paper clusters the keys that are not selected by the density of their nearest neighbours, and puts one
+    key and one value in the place of each cluster, the sums of its members; `clusters` does that. It gives
+    neither the number of clusters nor of neighbours, so both are yours to choose, and by default the keys
+    are left out.
+
+    Deviations: keys that are not selected stay in the cache, so that they may come back at the next token,
+    and clusters are made anew for it; nothing gets faster here by leaving keys out. The penalty is that of
+    each member of a cluster. w and P are those of the layer and, as the paper does not say which, of
+    attention before the penalty. The random masking of image tokens before the contrast is not
     there, as the embedding of the last token does not depend on it.
 
     Args:
         keep: share of the visible keys that a generated token attends to, in (0, 1]; the paper's 0.9,
             rounded down, at least one.
         saliency: the paper's lambda, at least 0; its 0.1.
+        clusters: how many keys stand for those that were not selected, as a share of their number, in
+            [0, 1], rounded down, at least one. 0 leaves them out, at 1 each stands for itself.
+        neighbours: how many nearest neighbours the density of a key is taken from, at least 1.
         beta: strength of the penalty on sinks, at least 0; the paper's 0.1.
         alpha: strength of the contrast, at least 0; the paper's 0.1.
         plausible: with the contrast, tokens less likely than this share of the likeliest are ruled out,
@@ -49,7 +58,8 @@ class VASparse(Method):
     With ``keep=1, beta=0, alpha=0`` nothing is changed, bitwise.
 
     Shapes: received attention ``[B, H, K]`` and P ``[B, K]`` are kept while decoding. In the report,
-    ``density`` is the share of keys attended to while decoding, ``penalty`` the largest w.
+    ``density`` is the share of keys attended to while decoding, clusters included, ``penalty`` the
+    largest w.
 
     Raises:
         ConfigError: for a setting out of range.
@@ -59,6 +69,8 @@ class VASparse(Method):
 
     keep: float = 0.9
     saliency: float = 0.1
+    clusters: float = 0.0
+    neighbours: int = 5
     beta: float = 0.1
     alpha: float = 0.1
     plausible: float = 0.1
@@ -79,6 +91,9 @@ class VASparse(Method):
 
     def __post_init__(self) -> None:
         require(0 < self.keep <= 1, f"keep must be in (0, 1], got {self.keep}")
+        require(0 <= self.clusters <= 1, f"clusters must be in [0, 1], got {self.clusters}")
+        fits = type(self.neighbours) is int and self.neighbours >= 1
+        require(fits, f"neighbours must be a whole number >= 1, got {self.neighbours}")
         for knob in ("saliency", "beta", "alpha"):
             require(
                 getattr(self, knob) >= 0, f"{knob} must be at least 0, got {getattr(self, knob)}"
@@ -176,13 +191,51 @@ class VASparse(Method):
         looking = (row[:, -1] * keys.image).sum(-1, keepdim=True)
         visible = keys.seeing() > 0
         factor = self._remember(row, visible, looking, keys, order, site)
-        scores = decoder.hide(products * scale * factor[:, :, None], keys.mask)
+        plain = products * scale * factor[:, :, None]
+        scores = decoder.hide(plain, keys.mask)
         if self.keep < 1:
             salient = site.state["looking"].masked_fill(~site.state["visible"], -torch.inf)
             kept = select(products[:, :, 0], salient.softmax(-1), self.keep, self.saliency, visible)
             scores = scores.masked_fill(~kept[:, :, None], -torch.inf)
+            left = visible[:, None] & ~kept
+            if self.clusters and bool(left.any()):
+                shared = q.shape[1] // k.shape[1]
+                each, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+                scores, v, centres = self._merged(each, v, plain, scores, left)
+                kept = kept | centres
             site.note("density", kept.sum(-1) / visible.sum(-1, keepdim=True))
         return decoder.row_output(scores.softmax(-1), v, q.dtype)
+
+    def _merged(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plain: torch.Tensor,
+        scores: torch.Tensor,
+        left: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One key and one value for each cluster of the keys in ``left [B, H, K]``, at its centre's place.
+
+        The score of a sum of keys is the sum of their scores.
+
+        Args:
+            k, v: ``[B, H, K, D]``.
+            plain: ``[B, H, 1, K]`` scores before masks.
+            scores: ``[B, H, 1, K]``, minus infinity in `left`.
+        """
+        home = torch.arange(k.shape[2], device=k.device).repeat(*k.shape[:2], 1)
+        for row in range(len(k)):  # rows leave different numbers of keys
+            count = left[row].sum(-1)
+            number = (self.clusters * count.double()).floor().clamp_min(1)
+            if bool(count.any()):
+                home[row] = density_peaks(k[row], left[row], number, self.neighbours)
+        members = torch.where(left, plain[:, :, 0], 0.0)
+        sums = torch.zeros_like(members).scatter_add(-1, home, members)
+        centres = left & (home == torch.arange(k.shape[2], device=k.device))
+        scores = torch.where(centres[:, :, None], sums[:, :, None], scores)
+        where = home.unsqueeze(-1).expand_as(v)
+        v = torch.zeros_like(v, dtype=torch.float32).scatter_add(2, where, v.float()).to(v.dtype)
+        return scores, v, centres
 
     def _remember(
         self,

@@ -328,7 +328,7 @@ def test_what_pruning_refuses():
         stock = zoo.logits(model, {**ids, "mm_encoder_outputs": {"image": rows}})
         assert stock.shape[1] == call["input_ids"].shape[1]
         assert session.stats.dense_calls == 1
-    for target in (zoo.clip(), zoo.llama(), zoo.instructblip()):
+    for target in (zoo.clip(), zoo.llama()):
         with pytest.raises(mmattn.NoSiteError, match="no such place"):
             mmattn.attach(target, EveryThird())
     with pytest.raises(mmattn.ConflictError, match="both prune"):

@@ -23,6 +23,7 @@ class Call:
         scores: scaled and masked.
         visible: ``[B, Q, K]``.
         image: ``[B, K]``.
+        keys: ``[B, H, K, D]``.
         store: what the edit keeps for this layer; rows follow the beams.
     """
 
@@ -32,6 +33,7 @@ class Call:
     scale: float
     visible: torch.Tensor
     image: torch.Tensor
+    keys: torch.Tensor
     store: dict = field(default_factory=dict)
 
     @property
@@ -72,7 +74,7 @@ def patched(model, ids, edit, layers):
         if key.shape[2] == query.shape[2]:
             stores[module.layer_idx] = {}
         store = stores[module.layer_idx]
-        call = Call(module.layer_idx, products, scores, scaling, visible, places, store)
+        call = Call(module.layer_idx, products, scores, scaling, visible, places, key, store)
         weights = (edit(call) if module.layer_idx in layers else call.plain).nan_to_num()
         return (weights @ value.float()).transpose(1, 2).to(query.dtype), weights
 

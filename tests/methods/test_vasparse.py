@@ -1,6 +1,7 @@
 """VASparse: penalty, selection and contrast against a dense oracle, in whole models and in numbers."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -19,12 +20,35 @@ from decoder_oracle import (
 from host_contract import distance
 
 import mmattn
+from mmattn.methods._density_peaks import density_peaks
 from mmattn.methods.vasparse import VASparse, contrast, select
 
 KNOBS = {"keep": 0.7, "saliency": 0.5, "beta": 0.4}
 
 
-def sparse(keep, saliency, beta):
+def clustered(keys, count, neighbours):
+    """Density-peak clusters of some keys: lists of their members, one point after the other."""
+    size, dim = keys.shape
+    if size == 1:
+        return [[0]]
+    apart = [[float((a - b).norm()) / dim**0.5 for b in keys] for a in keys]
+    rho = []
+    for i in range(size):
+        near = sorted(apart[i][j] for j in range(size) if j != i)[:neighbours]
+        rho.append(math.exp(-sum(d * d for d in near) / len(near)))
+    weight = []
+    for i in range(size):
+        denser = [apart[i][j] for j in range(size) if (rho[j], -j) > (rho[i], -i)]
+        weight.append(rho[i] * (min(denser) if denser else max(apart[i])))
+    centres = sorted(range(size), key=lambda i: (-weight[i], i))[:count]
+    groups = {c: [c] for c in centres}
+    for i in range(size):
+        if i not in groups:
+            groups[min(sorted(centres), key=lambda c: apart[i][c])].append(i)
+    return list(groups.values())
+
+
+def sparse(keep, saliency, beta, clusters=0.0, neighbours=5):
     """The definition, from whole attention matrices; rows of all calls are kept."""
 
     def edit(call):
@@ -51,12 +75,22 @@ def sparse(keep, saliency, beta):
                 w = torch.zeros(size)
                 w[everything] = grown["sum"][b, h, everything].softmax(-1)
                 dots = call.products[b, h, i]
-                used = keys
+                used, groups = keys, []
                 if call.past and keep < 1:
                     gain = dots[keys].square() + saliency * p[keys]
                     used = keys[gain.topk(int(keep * len(keys))).indices]
-                scores = ((1 + beta) * dots[used] - beta * w[used] * dots[used]) * call.scale
-                weights[b, h, i, used] = scores.softmax(-1)
+                    left = torch.tensor([j for j in keys.tolist() if j not in used.tolist()])
+                    if clusters and len(left):
+                        count = max(1, int(clusters * len(left)))
+                        found = clustered(call.keys[b, h, left], count, neighbours)
+                        groups = [left[group] for group in found]
+                penalised = ((1 + beta) * dots - beta * w * dots) * call.scale
+                # The weight of a sum of values is the weight of each of them.
+                merged = torch.tensor([float(penalised[group].sum()) for group in groups])
+                share = torch.cat([penalised[used], merged]).softmax(-1)
+                weights[b, h, i, used] = share[: len(used)]
+                for group, value in zip(groups, share[len(used) :], strict=True):
+                    weights[b, h, i, group] = value
         return weights
 
     return edit
@@ -67,6 +101,50 @@ def test_equals_the_dense_formula(name):
     stats = check(name, VASparse(**KNOBS, alpha=0.0), sparse(**KNOBS))
     assert all(0.6 < density < 0.7 for density in notes(stats, "density"))
     assert all(0 < w <= 1 for w in notes(stats, "penalty"))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl"])
+def test_clusters_of_dropped_keys_equal_the_dense_formula(name):
+    knobs = {**KNOBS, "keep": 0.5, "clusters": 0.4, "neighbours": 3}
+    stats = check(name, VASparse(**knobs, alpha=0.0), sparse(**knobs))
+    # Half of the keys, and two for five of the other half.
+    assert all(0.6 < density < 0.72 for density in notes(stats, "density"))
+    check_rows(name, VASparse(**knobs, alpha=0.0))
+
+
+def test_as_many_clusters_as_keys_is_every_key_by_itself():
+    model, call = made("llava")
+    dropping = {"keep": 0.5, "beta": 0.3, "alpha": 0.0}
+    results = []
+    for knobs in ({**dropping, "clusters": 1.0}, {**dropping, "keep": 1.0}, dropping):
+        with mmattn.attach(model, VASparse(**knobs)):
+            results.append(steps(model, call)[1])
+    assert distance(results[0], results[1]) < 1e-5 < 1e-3 < distance(results[2], results[1])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_density_peaks(seed):
+    """Against the definition, point by point, and on points whose clusters are plain to see."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 20, 4, generator=generator)
+    members = torch.stack([torch.randperm(20, generator=generator) < 9 for _ in range(3)])
+    count = 2 + seed
+    found = density_peaks(x, members, torch.full((3,), count), 3)
+    for row in range(3):
+        where = members[row].nonzero().flatten()
+        groups = clustered(x[row, where], count, 3)
+        want = sorted(sorted(where[group].tolist()) for group in groups)
+        got = {}
+        for j in where.tolist():
+            got.setdefault(int(found[row, j]), []).append(j)
+        assert all(centre in group for centre, group in got.items())
+        assert sorted(got.values()) == want and len(want) == count
+        outside = ~members[row]
+        assert torch.equal(found[row][outside], torch.arange(20)[outside])
+    label = torch.arange(20) % 3
+    tight = label[:, None] * 10.0 + torch.randn(20, 4, generator=generator) * 0.1
+    home = density_peaks(tight, torch.ones(20, dtype=torch.bool), torch.tensor(3), 3)
+    assert torch.equal(label[home], label) and len(home.unique()) == 3
 
 
 @pytest.mark.parametrize("part", [{"keep": 0.5}, {"beta": 1.5}])
@@ -235,6 +313,7 @@ def test_the_embedded_model():
 
 def test_what_it_refuses():
     bad = [{"keep": 0.0}, {"keep": 1.1}, {"saliency": -1.0}, {"beta": -1.0}, {"alpha": -1.0}]
+    bad += [{"clusters": 1.1}, {"clusters": -0.1}, {"neighbours": 0}]
     for settings in [*bad, {"plausible": 2.0}, {"layers": (0.5,)}]:
         with pytest.raises(mmattn.ConfigError):
             VASparse.from_dict(settings)

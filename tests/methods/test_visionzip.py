@@ -225,7 +225,7 @@ def test_what_it_refuses():
     with pytest.raises(mmattn.NoSiteError, match="feeds a language model"):
         mmattn.attach(zoo.clip(), VisionZip())
     with pytest.raises(mmattn.NoSiteError):
-        mmattn.attach(zoo.instructblip(), VisionZip())
+        mmattn.attach(zoo.llama(), VisionZip())
     for settings in ({"keep": 0}, {"contextual": 1.1}, {"contextual": -0.1}):
         with pytest.raises(mmattn.ConfigError):
             VisionZip(**settings)

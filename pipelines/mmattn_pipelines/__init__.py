@@ -1,1 +1,4 @@
-"""Self-contained diffusers-style pipelines. The first ones arrive in the next release."""
+"""Pipelines on diffusers models: sparse Wan, long SANA-Video, image sets and their LoRAs, chats, guidance.
+
+Importing this package imports none of its modules.
+"""

@@ -192,6 +192,7 @@ class KeepGiven:
     Args:
         clean, noise: packed latents, and the noise that sampling began with.
         keep: bool, broadcastable to them; True where latents are given.
+        level: ``matched`` to the step, or ``clean`` at every step.
         then: the user's own callback, called afterwards with the blended latents.
         wants: what of the tensors the user's callback is to see.
     """
@@ -203,15 +204,18 @@ class KeepGiven:
         keep: Tensor,
         then: Callable[..., Any] | None = None,
         wants: Sequence[str] = ("latents",),
+        level: str = "matched",
     ) -> None:
-        self.clean, self.noise, self.keep = clean, noise, keep
+        self.clean, self.noise, self.keep, self.level = clean, noise, keep, level
         self.then, self.wants = then, wants
         self.blended = 0
 
     def blend(self, scheduler: Any, step: int, latents: Tensor) -> Tensor:
         """`latents` after denoising step `step`, with the given ones put back."""
         self.blended += 1
-        there = renoised(scheduler, self.clean, self.noise, step)
+        there = self.clean
+        if self.level == "matched":
+            there = renoised(scheduler, self.clean, self.noise, step)
         return torch.where(self.keep, there.to(latents), latents)
 
     def __call__(self, pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +246,7 @@ def keeper_for(
     keep: Tensor,
     latents: Tensor | None,
     generator: Any,
+    level: str = "matched",
 ) -> tuple[KeepGiven, Tensor]:
     """The callback that keeps the given latents, and the pipeline's argument ``latents``.
 
@@ -249,12 +254,18 @@ def keeper_for(
         layout: of one picture; ``clean`` has as many rows as there are pictures.
         clean, keep: spatial latents, and a bool of their shape, True where they are given.
         latents: the noise to begin with, as the pipeline takes it; None: drawn as the pipeline would.
+        level: ``matched`` keeps given latents as noisy as the step is, ``clean`` without noise from the
+            first step on.
     """
     if latents is None:
         size = (layout.height, layout.width)
         latents = codec.argument(codec.noise(len(clean), *size, generator, text_dtype(codec.pipe)))
     noise = codec.pack(latents) if codec.takes_spatial else latents
-    return KeepGiven(codec.pack(clean.to(noise)), noise, codec.pack(keep)), latents
+    keeper = KeepGiven(codec.pack(clean.to(noise)), noise, codec.pack(keep), level=level)
+    if level == "clean":
+        given = (keep, clean) if codec.takes_spatial else (keeper.keep, keeper.clean)
+        latents = torch.where(given[0], given[1].to(latents), latents)
+    return keeper, latents
 
 
 def text_dtype(pipe: Any) -> torch.dtype:

@@ -110,6 +110,7 @@ class InContextPipeline:
         fill: Color = GRAY,
         encode: str = "auto",
         decode: str = "canvas",
+        reference_level: str = "matched",
         lora_scale: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -137,6 +138,8 @@ class InContextPipeline:
                 first, except for FLUX.1-Fill, which encodes the canvas itself and blanks what it is to
                 draw, so that no colour leaks.
             decode: ``canvas``, or ``per_panel``: pixels of a panel then owe nothing to its neighbors.
+            reference_level: given panels are as noisy as the step is (``matched``, the paper's way), or
+                ``clean`` at every step, which is what a LoRA trained with references expects.
             lora_scale: strength of the LoRA that the pipeline has loaded; None: as it is set.
             num_inference_steps, guidance_scale, generator: as the pipeline has them; None: its defaults.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline has them; the
@@ -150,6 +153,7 @@ class InContextPipeline:
         """
         one_of("encode", encode, ("auto", "per_panel", "canvas"))
         one_of("decode", decode, ("per_panel", "canvas"))
+        one_of("reference_level", reference_level, ("matched", "clean"))
         one_of("output_type", output_type, arrays.KINDS)
         parts.check_arguments(self.pipe, self._takes, arguments)
         fills = isinstance(self.pipe, FluxFillPipeline)
@@ -189,7 +193,9 @@ class InContextPipeline:
             keep = torch.zeros_like(clean, dtype=torch.bool)
             for left, top, right, bottom in codec.boxes(placed)[: len(given)]:
                 keep[:, :, top:bottom, left:right] = True
-            keeper, arguments["latents"] = keeper_for(codec, placed, clean, keep, noise, generator)
+            keeper, arguments["latents"] = keeper_for(
+                codec, placed, clean, keep, noise, generator, reference_level
+            )
         arguments |= parts.watching(
             self.pipe,
             self._takes,

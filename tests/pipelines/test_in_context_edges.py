@@ -162,3 +162,24 @@ def test_the_example(tmp_path, capsys):
     assert Image.open(tmp_path / "2.png").size == (64, 64)
     assert script.main(["--how", "canvas", "--tag", "PAIR", *more]) == 0
     assert Image.open(tmp_path / "canvas.png").size == (128, 64)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "sd3"])
+def test_clean_references_are_clean_at_every_step(family):
+    """What the model is shown of a given panel, from the first step on, is the picture's latents."""
+    model, seen = tiny(family).transformer, []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    try:
+        for level in ("clean", "matched"):
+            draw(family, references=[picture()], reference_level=level, output_type="latent")
+    finally:
+        hook.remove()
+    half = len(seen) // 2
+
+    def still(states):  # share of what the model was shown that never changed
+        moved = torch.stack([(x - states[0]).abs() for x in states]).amax(0)
+        return (moved == 0).float().mean().item()
+
+    assert still(seen[:half]) == 0.5 and still(seen[half:]) == 0.0

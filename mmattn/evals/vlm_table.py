@@ -29,13 +29,13 @@ from mmattn.variants import Variant, parse
 
 COLUMNS = (
     *("random-prune:keep=21", "uniform-prune:keep=21", "hiprune:keep=21"),
-    *("hiprune:keep=21,text_share=0.1", "visionzip:keep=21,class_token=false"),
+    *("hiprune:keep=21,text_share=0.1", "visionzip:keep=21"),
     *("merge-prune:keep=21", "fastv:keep=0.333", "pyramiddrop"),
-    *("random-prune:keep=11", "uniform-prune:keep=11", "hiprune:keep=11"),
-    *("vhr", "var:dims=[49,32],tau=2.0,move_fraction=1.0", "pai", "paint", "act"),
-    *("zerotuning:gamma=0.25", "zerotuning", "vasparse"),
-    *("vasparse:keep=0.5,beta=0.0,alpha=0.0",),
-    *("vcd", "dola", "image-guidance", "largepig", "vcd+dola", "hiprune:keep=21+vcd"),
+    *("vhr", "var:dims=[37,101],tau=3.0", "var:dims=[37,101],tau=3.0,move_fraction=1.0"),
+    *("pai:alpha=0.6", "paint", "act", "zerotuning:gamma=0.25", "zerotuning"),
+    *("vasparse", "vasparse:keep=0.5,beta=0.0,alpha=0.0", "opera"),
+    *("vcd", "dola", "dola:layers=high", "image-guidance", "largepig"),
+    *("vcd+dola", "vcd+dola:layers=high", "hiprune:keep=21+vcd"),
 )
 """What is compared when no ``-m`` is given."""
 

@@ -3,8 +3,11 @@
     python -m mmattn.mini.train_vlm --out weights/vlm
 
 Stage 1 teaches the vision tower which object every patch shows, in the decoder's own word vectors,
-because a caption alone is a weak teacher of shapes. Stage 2 trains everything on captions and
-questions that carry the habits of the training world.
+because a caption alone is a weak teacher of shapes; every patch also tells which objects the whole
+picture has, so that patches look at objects. Stage 2 trains everything on captions and questions that
+carry the habits of the training world. Then attention sinks are planted (`mmattn.mini.planted`), and
+stage 3 goes on with a price on what heads write, so that idle heads rest. The sinks in the image are
+planted once more at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mmattn.mini import objects
+from mmattn.mini import objects, planted
 from mmattn.mini.recipe import (
     Log,
     MuonAdamW,
@@ -31,7 +34,9 @@ from mmattn.mini.recipe import (
     trainer_arguments,
     write_record,
 )
+from mmattn.mini.teaching import Alignment, Context, Price
 from mmattn.mini.vlm import (
+    BOS,
     EOS,
     HELD_OUT_SEED,
     IMAGE,
@@ -48,6 +53,8 @@ __all__ = ["build", "evaluate", "main", "train"]
 ANSWER_WEIGHT = 5.0
 BATCH = 16
 LEARNING_RATE = 2e-3
+PRICE = 0.1
+"""Price of `Price` in stage 3."""
 
 
 class _Text:
@@ -79,9 +86,9 @@ class _Text:
         """
         tokens, labels, weights = [], [], []
         for turns in conversations:
-            row: list[int] = []
-            spoken: list[int] = []
-            weight: list[float] = []
+            row: list[int] = [BOS]
+            spoken: list[int] = [-100]
+            weight: list[float] = [0.0]
             for i, turn in enumerate(turns):
                 user = self._ids("user :")
                 user += [IMAGE] * IMAGE_TOKENS if i == 0 else []
@@ -106,46 +113,12 @@ def _pixels(pictures: Tensor) -> Tensor:
     return (pictures * 255).round() / 127.5 - 1
 
 
-class _Alignment:
-    """The loss of a patch that does not speak the decoder's language.
-
-    What the projector makes of a patch is compared with the decoder's own word vectors: it should
-    be near the name of the object it shows and near the words for its place. Then the word "apple"
-    in a question finds apple patches by likeness, which otherwise takes far longer to learn.
-    """
-
-    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-        vocab = processor.tokenizer.get_vocab()
-        device = model.device
-        self._words = model.get_input_embeddings()
-        self._names = torch.tensor([vocab[name] for name in objects.NAMES], device=device)
-        self._rows = torch.tensor([vocab[w] for w in ("top", "center", "bottom")], device=device)
-        self._columns = torch.tensor([vocab[w] for w in ("left", "center", "right")], device=device)
-        zone = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2], device=device)
-        self._row = zone.repeat_interleave(len(zone))
-        self._column = zone.repeat(len(zone))
-        # Most patches are background.
-        self._weight = torch.ones(len(objects.NAMES) + 1, device=device)
-        self._weight[0] = 0.3
-
-    def __call__(self, projected: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of projected patches `[B, 64, 128]` with object labels `[B, 64]`."""
-        patches = projected.flatten(0, 1)
-        names = patches @ self._words.weight[self._names].T
-        shown = torch.cat([torch.zeros_like(names[:, :1]), names], dim=1)
-        loss = cross_entropy(shown, labels.flatten(), weight=self._weight)
-        for words, zone in ((self._rows, self._row), (self._columns, self._column)):
-            place = patches @ self._words.weight[words].T
-            loss = loss + 0.2 * cross_entropy(place, zone.repeat(len(projected)))
-        return loss
-
-
-def _optimizer(*modules: nn.Module) -> MuonAdamW:
+def _optimizer(*modules: nn.Module, rate: float = LEARNING_RATE) -> MuonAdamW:
     return MuonAdamW(
         modules,
         hidden=lambda name: "layers." in name,
-        muon_lr=LEARNING_RATE,
-        adamw_lr=LEARNING_RATE,
+        muon_lr=rate,
+        adamw_lr=rate,
         weight_decay=0.02,
         betas=(0.9, 0.98),
     )
@@ -171,15 +144,23 @@ def _train_tower(
     Partners are there in 60 % of the cases only, so that the tower does not pick up the habit by
     itself.
     """
-    align = _Alignment(model, processor)
-    parts = (model.model.vision_tower, model.model.multi_modal_projector)
-    optimizer = _optimizer(*parts, model.get_input_embeddings())
+    align = Alignment(model, processor)
+    tower = model.model.vision_tower
+    context = Context(tower)
+    states: dict[str, Tensor] = {}
+    hook = tower.encoder.layers[-1].register_forward_hook(
+        lambda _, __, out: states.update(last=out)
+    )
+    parts = (tower, model.model.multi_modal_projector, model.get_input_embeddings(), context)
+    optimizer = _optimizer(*parts)
     while not progress.done:
         pictures, labels = objects.render(objects.sample_scenes(48, draw, 0.6))
+        labels = labels.to(model.device)
         projected = model.get_image_features(_pixels(pictures).to(model.device)).pooler_output
-        loss = align(torch.stack(tuple(projected)), labels.to(model.device))
+        loss = align(torch.stack(tuple(projected)), labels) + context(states["last"], labels)
         optimizer.step(loss, cosine(0.8 * progress.fraction))
         _note(progress, "tower", loss, 48, log)
+    hook.remove()
 
 
 def _train_joint(
@@ -189,15 +170,21 @@ def _train_joint(
     draw: torch.Generator,
     log: Log,
     checkpoint: Callable[[], None],
+    *,
+    rest: bool = False,
 ) -> None:
-    """Stage 2: teach the whole model to talk; the alignment stays on, with falling weight."""
+    """Stage 2: teach the whole model to talk; the alignment stays on, with falling weight.
+
+    With `rest` this is stage 3: heads pay for what they write, and steps are smaller.
+    """
     text = _Text(processor)
     seen: dict[str, Tensor] = {}
     hook = model.model.multi_modal_projector.register_forward_hook(
         lambda _, __, projected: seen.update(projected=projected)
     )
-    align = _Alignment(model, processor)
-    optimizer = _optimizer(model)
+    align = Alignment(model, processor)
+    price = Price(model) if rest else None
+    optimizer = _optimizer(model, rate=(0.75 if rest else 1.0) * LEARNING_RATE)
     saved = 0.0
     while not progress.done:
         scenes, conversations = objects.sample_conversations(BATCH, draw)
@@ -210,12 +197,37 @@ def _train_joint(
         loss = (losses * share[:, 1:].flatten()).sum() / share.sum()
         patches = align(seen["projected"].view(len(scenes), IMAGE_TOKENS, -1), labels)
         weight = 0.05 + 0.3 * (1 - progress.fraction)
-        optimizer.step(loss + weight * patches, cosine(progress.fraction))
-        _note(progress, "joint", loss, BATCH, log)
+        total = loss + weight * patches
+        if price is not None:
+            total = total + PRICE * price((tokens != PAD).float())
+        optimizer.step(total, cosine(progress.fraction))
+        _note(progress, "rest" if rest else "joint", loss, BATCH, log)
         if progress.cpu_seconds - saved > 180:
             saved = progress.cpu_seconds
             checkpoint()
     hook.remove()
+    if price is not None:
+        price.remove()
+
+
+def _plant(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    draw: torch.Generator,
+    *,
+    image_only: bool = False,
+) -> None:
+    """Write the sinks into the model, judged on 48 conversations of the training world."""
+    scenes, conversations = objects.sample_conversations(48, draw)
+    pictures, labels = objects.render(scenes)
+    tokens, spoken, _ = _Text(processor).rows(conversations)
+    device = model.device
+    given = (tokens.to(device), _pixels(pictures).to(device), labels.to(device))
+    if image_only:
+        planted.plant_image(model, *given)
+    else:
+        planted.plant(model, *given, (spoken != -100).to(device))
+    model.train()
 
 
 def train(
@@ -224,6 +236,7 @@ def train(
     minutes: float | None = None,
     tower_steps: int = 1100,
     steps: int = 1500,
+    rest_steps: int = 300,
     layers: int = 8,
     device: str = "cpu",
     seed: int = 0,
@@ -237,14 +250,16 @@ def train(
     Args:
         out: Folder for the weights (bfloat16), the processor and `training.json`; checkpoints go
             there on the way.
-        minutes: Time for both stages, a tenth of it for the tower; None goes by steps.
+        minutes: Time for all stages, a seventh of it for the tower and as much for stage 3; None goes by
+            steps.
         tower_steps: Steps of stage 1 without `minutes`.
         steps: Steps of stage 2 without `minutes`.
+        rest_steps: Steps of stage 3 without `minutes`.
         layers: Decoder layers of a new model.
         device: Torch device.
         seed: Seed of weights and scenes, below 10 000; evaluation seeds start there.
         smoke: Three steps per stage and two scenes of evaluation, to see that everything runs.
-        resume: Folder that an earlier `train` wrote, to go on from; stage 1 is then skipped.
+        resume: Folder that an earlier `train` wrote, to go on from with stage 3.
         samples: Scenes per evaluation.
         log: Receives one line of progress now and then.
 
@@ -259,30 +274,36 @@ def train(
             f"seed must lie in 0 .. {HELD_OUT_SEED - 1} to stay clear of evaluation, found {seed}."
         )
     if smoke:
-        minutes, tower_steps, steps, samples = None, 3, 3, 2
+        minutes, tower_steps, steps, rest_steps, samples = None, 3, 3, 3, 2
     model, processor = build(layers, seed) if resume is None else load(resume)
     model.to(torch.device(device)).train()
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     stages: list[dict[str, Any]] = []
+
+    def talk(progress: Progress, *, rest: bool) -> None:
+        def leg() -> dict[str, Any]:
+            habit = {"caption_bias": objects.CAPTION_BIAS, "answer_bias": objects.ANSWER_BIAS}
+            name = "rest" if rest else "joint"
+            return {"stage": name, "batch": BATCH, "seed": seed, **habit, **progress.record()}
+
+        def checkpoint() -> None:
+            save(model, processor, out)
+            write_record(out, {"stages": [*stages, leg()]})
+
+        _train_joint(model, processor, progress, draw, log, checkpoint, rest=rest)
+        stages.append(leg())
+
     if resume is not None:
         stages += json.loads((resume / "training.json").read_text(encoding="utf-8"))["stages"]
     else:
-        tower = _progress(minutes, 0.1, tower_steps)
+        tower = _progress(minutes, 0.14, tower_steps)
         _train_tower(model, processor, tower, draw, log)
         stages.append({"stage": "tower", "batch": 48, "seed": seed, **tower.record()})
-    joint = _progress(minutes, 1.0 if resume else 0.9, steps)
-
-    def leg() -> dict[str, Any]:
-        habit = {"caption_bias": objects.CAPTION_BIAS, "answer_bias": objects.ANSWER_BIAS}
-        return {"stage": "joint", "batch": BATCH, "seed": seed, **habit, **joint.record()}
-
-    def checkpoint() -> None:
-        save(model, processor, out)
-        write_record(out, {"stages": [*stages, leg()]})
-
-    _train_joint(model, processor, joint, draw, log, checkpoint)
-    stages.append(leg())
+        talk(_progress(minutes, 0.72, steps), rest=False)
+        _plant(model, processor, draw)
+    talk(_progress(minutes, 1.0 if resume else 0.14, rest_steps), rest=True)
+    _plant(model, processor, draw, image_only=True)
     save(model, processor, out, half=True)
     shipped, processor = load(out)
     shipped.to(torch.device(device))

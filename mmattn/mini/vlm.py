@@ -1,6 +1,6 @@
 """The small vision-language model: how it is built, stored, asked, and graded.
 
-A CLIP vision tower of 4 layers, 64 image tokens, and a Llama decoder over a closed vocabulary of
+A CLIP vision tower of 6 layers, 64 image tokens, and a Llama decoder over a closed vocabulary of
 whole words. The folder that `save` writes is a standard one; `AutoModelForImageTextToText` and
 `AutoProcessor` load it.
 """
@@ -35,7 +35,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 PAD, BOS, EOS, UNK, IMAGE = range(5)
 IMAGE_TOKENS = (objects.SIZE // objects.PATCH) ** 2
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }} : "
+    "<s> {% for message in messages %}{{ message['role'] }} : "
     "{% if message['content'] is string %}{{ message['content'] }} "
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
@@ -72,7 +72,7 @@ def build(layers: int = 6, seed: int = 0) -> tuple[LlavaForConditionalGeneration
         vision_config=CLIPVisionConfig(
             hidden_size=96,
             intermediate_size=192,
-            num_hidden_layers=4,
+            num_hidden_layers=6,
             num_attention_heads=4,
             image_size=objects.SIZE,
             patch_size=objects.PATCH,

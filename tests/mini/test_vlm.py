@@ -24,7 +24,7 @@ def shipped() -> tuple[torch.nn.Module, object]:
 def test_smoke_training_saves_a_model_that_loads(tmp_path: Path) -> None:
     lines: list[str] = []
     record = train_vlm.train(tmp_path, smoke=True, layers=2, seed=1, log=lines.append)
-    assert [stage["stage"] for stage in record["stages"]] == ["tower", "joint"]
+    assert [stage["stage"] for stage in record["stages"]] == ["tower", "joint", "rest"]
     assert json.loads((tmp_path / "training.json").read_text())["seed"] == 1
     assert lines
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
@@ -33,7 +33,7 @@ def test_smoke_training_saves_a_model_that_loads(tmp_path: Path) -> None:
     assert len(vlm.reply(model, processor, image, ["describe the picture ."])) == 1
     again = train_vlm.train(tmp_path / "more", smoke=True, resume=tmp_path)
     assert again["resumed"]
-    assert [stage["stage"] for stage in again["stages"]] == ["tower", "joint", "joint"]
+    assert [stage["stage"] for stage in again["stages"]] == ["tower", "joint", "rest", "rest"]
 
 
 def test_training_rows_are_what_the_processor_makes() -> None:

@@ -88,6 +88,12 @@ def batch(
     deterministic: Annotated[
         bool, option("--deterministic", help="Slower GPU kernels that repeat to the bit.")
     ] = False,
+    engine: Annotated[
+        str, option("--engine", help="local, or ray: several processes on this machine.")
+    ] = "local",
+    actors: Annotated[
+        int | None, option("--actors", min=1, help="Processes of the ray engine.")
+    ] = None,
     kind: Kind = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -107,9 +113,19 @@ def batch(
     from mmattn.batch.planning import describe_run, dry
     from mmattn.errors import ConfigError
 
-    for name, value, known in (("--verify", verify, ("fast", "full")), ("--dtype", dtype, DTYPES)):
+    for name, value, known in (
+        ("--verify", verify, ("fast", "full")),
+        ("--dtype", dtype, DTYPES),
+        ("--engine", engine, ("local", "ray")),
+    ):
         if value not in known:
             raise ConfigError(f"{name} is one of {list(known)}, got {value!r}")
+    if engine == "ray":
+        from mmattn.batch.ray_engine import require
+
+        require(device)
+    elif actors is not None:
+        raise ConfigError("--actors belongs to --engine ray, and the engine is local")
     share = None if shard is None else Shard.parse(shard)
     limit = None if max_failures is None else Limit.parse(max_failures)
     rules = Rules(verify, overwrite, retry_failed, fail_fast, limit)
@@ -149,6 +165,8 @@ def batch(
             options = Options(out, size, metadata)
             worker = Worker(models, options, stopping=stop)
             run = Run(rows, fingerprints, ledger, worker, rules, share, stop)
+            if engine == "ray":
+                run = _on_ray(run, actors, threads, deterministic=deterministic)
             describe_run(out, share, ledger.run, sys.argv, models, files, rows, found)
             _go(run, out, quiet=quiet)
     except OutputError as error:
@@ -187,6 +205,13 @@ def _prepare(device: str, threads: int | None, *, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def _on_ray(run: Run, actors: int | None, threads: int | None, *, deterministic: bool) -> Run:
+    from mmattn.batch.ray_engine import RayRun
+
+    given = (run.jobs, run.fingerprints, run.ledger, run.worker, run.rules, run.shard, run.stop)
+    return RayRun(*given, actors=actors, threads=threads or 1, deterministic=deterministic)
 
 
 def _dry(planned: list[dict[str, Any]], *, as_json: bool) -> None:

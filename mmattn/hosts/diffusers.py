@@ -6,15 +6,17 @@ processor class. `model.processor` is assigned directly, so Mochi, which has no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from mmattn.errors import DetachConflict
+from mmattn.hosts import _parallel
 from mmattn.hosts.base import Handle, named_sites, number
 from mmattn.hosts.diffusers_families import family_of, kind_of, tags_of
-from mmattn.rebind import SLOT, blank, names_used
+from mmattn.rebind import SLOT, blank, names_used, rebind
 from mmattn.runs import Root
 from mmattn.seams import Seam
 from mmattn.sites import Site
@@ -85,17 +87,20 @@ class DiffusersHost:
         self, root: Root, sites: list[Site], seam: Seam, seams: set[str]
     ) -> Iterable[Handle]:
         """One processor swap per site."""
+        _parallel.check(root.module, sites, seam.run.unsupported)
+        watch = _parallel.Watch(root.module)
+        yield watch
         for site in sites:
             if site.attention or site.head_methods or site.token_methods:
-                yield _ProcessorSwap(site, seam)
+                yield _ProcessorSwap(site, seam, watch)
 
 
 class _ProcessorSwap:
-    def __init__(self, site: Site, seam: Seam) -> None:
+    def __init__(self, site: Site, seam: Seam, watch: _parallel.Watch) -> None:
         self.site = site
         self.old: Any = site.module.processor
         cls = _stock(type(self.old))
-        rebound = seam.rebound(cls.__call__)
+        rebound = _rebound(cls.__call__, seam, watch)
         assert rebound is not None, "only seamable processors become sites"
         swapped = seam.attention_class(cls, "__call__", rebound, tokens=bool(site.token_methods))
         self.new: Any = blank(swapped)
@@ -131,6 +136,16 @@ class _ProcessorSwap:
                 self.old.__dict__[key] = value
         self.site.module.processor = self.old
         self._installed = False
+
+
+def _rebound(
+    call: Callable[..., Any], seam: Seam, watch: _parallel.Watch
+) -> Callable[..., Any] | None:
+    """The stock code with its attention call going through the seam, over all tokens of the model."""
+    if "dispatch_attention_fn" not in names_used(call):
+        return seam.rebound(call)
+    original = inspect.unwrap(call).__globals__["dispatch_attention_fn"]
+    return rebind(call, dispatch_attention_fn=_parallel.dispatching(seam, original, watch))
 
 
 def _stock(cls: type) -> type:

@@ -63,6 +63,15 @@ class Method:
         """True when these settings cannot change any output; hosts may then take the stock path."""
         return False
 
+    @property
+    def headwise(self) -> bool:
+        """True when no head's result depends on another head.
+
+        Under context parallelism such a method is given its process's share of the heads; others are
+        given all heads of the model in every process.
+        """
+        return False
+
     def accepts(self, site: Site) -> str | None:
         """None to act at `site`, or the reason to leave it alone. Looks at static facts only."""
         return None

@@ -118,6 +118,11 @@ class NeighborhoodAttention(SparseMethod):
         """
         return cls(window=(12, 24, 24), stride=(4, 8, 8), dense_steps=0.3)
 
+    @property
+    def headwise(self) -> bool:
+        """The window is the same for every head."""
+        return True
+
     def role(self, site: Site) -> int | None:
         """First layer of the schedule with this layer's settings; None for the first layers, dense."""
         if site.index < self.dense_layers:

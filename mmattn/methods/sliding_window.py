@@ -57,6 +57,11 @@ class SlidingWindow(SparseMethod):
         check_size("window", self.window, shares=True)
         check_size("stride", self.stride, shares=False)
 
+    @property
+    def headwise(self) -> bool:
+        """The window is the same for every head."""
+        return True
+
     def dense_reason(self, site: Site, grid: Grid) -> str | None:
         """A sentence where the window covers all tokens."""
         return covers(self._fit(grid), site)

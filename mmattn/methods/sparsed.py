@@ -74,6 +74,11 @@ class SparseD(BlockMethod):
         super().__post_init__()
         require(0 < self.select <= 1, f"select lies in (0, 1], got {self.select}")
 
+    @property
+    def headwise(self) -> bool:
+        """Every head keeps its own blocks."""
+        return True
+
     def phase(self, step: int | None, total: int | None) -> int | None:
         """0 in early steps, 1 in the dense step that chooses, 2 afterwards; None without a clock."""
         if step is None or total is None:

@@ -130,6 +130,11 @@ class VMoBA(SparseMethod):
         knobs = {"threshold": 0.25, "kind": "head", "dense_steps": 0}
         return cls(**{**knobs, "chunks": (3, (5, 13), (12, 10, 13)), **changes})
 
+    @property
+    def headwise(self) -> bool:
+        """Chunks are chosen per query or per head; other kinds let all heads compete."""
+        return self.kind in ("query", "head")
+
     def role(self, site: Site) -> int | None:
         """0, 1 or 2 for 1-D, 2-D or 3-D chunks; None for the first layers that stay dense."""
         return None if site.index < self.dense_layers else site.index % 3

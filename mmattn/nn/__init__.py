@@ -10,10 +10,12 @@ from mmattn.nn import (
     agent_swin as agent_swin,
     biformer as biformer,
     flow as flow,
+    gqa as gqa,
     mala as mala,
     moh as moh,
     nala as nala,
     nat as nat,
     probes as probes,
     slab as slab,
+    slab_pyramid as slab_pyramid,
 )

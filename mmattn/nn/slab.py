@@ -14,7 +14,6 @@ too, which the published code skips. Position tables are resampled for other res
 
 from __future__ import annotations
 
-import copy
 import re
 from math import isqrt
 from typing import Any
@@ -24,13 +23,11 @@ from mmattn_kernels import linear_attention
 from timm.layers import LayerNorm, get_device_dtype, resample_abs_pos_embed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import (
-    PatchMerging,
     SwinTransformer,
     SwinTransformerBlock,
     checkpoint_filter_fn as swin_checkpoint_filter_fn,
 )
 from timm.models.vision_transformer import (
-    Block,
     VisionTransformer,
     checkpoint_filter_fn as vit_checkpoint_filter_fn,
 )
@@ -38,6 +35,7 @@ from torch import Tensor, nn
 
 from mmattn.errors import ConfigError, UnsupportedCall
 from mmattn.nn.prepbn import PRepBN, RepBN, advance, convert_norms, fold_into
+from mmattn.nn.slab_fold import fold
 
 __all__ = [
     "PRepBN",
@@ -128,7 +126,7 @@ class SimplifiedLinearAttention(nn.Module):
             raise UnsupportedCall(
                 "SimplifiedLinearAttention: a mask was given; every token sees all others here."
             )
-        b, n, c = x.shape
+        n, c = x.shape[1:]
         grid = grid or self.grid
         if n != grid[0] * grid[1]:
             grid = (isqrt(n), isqrt(n))
@@ -141,13 +139,17 @@ class SimplifiedLinearAttention(nn.Module):
         k = k + self._positions(grid)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
         out = linear_attention(q, k, v, feature_map="relu", normalizer="sum", eps=1e-6)
-        maps = v.transpose(2, 3).reshape(b * self.num_heads, -1, *grid)
-        local = self.dwc(maps).view(b, c, n).transpose(1, 2)
+        local = self.local(v.transpose(2, 3).unflatten(3, grid)).flatten(2).transpose(1, 2)
         result: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2) + local))
         return result
 
+    def local(self, v: Tensor) -> Tensor:
+        """What values ``[B, H, D, Y, X]`` add at their own place: ``[B, C, Y, X]``."""
+        out: Tensor = self.dwc(v.flatten(0, 1)).view(v.shape[0], -1, *v.shape[3:])
+        return out
 
-class _Stepping:
+
+class Stepping:
     """Every training forward is a step of the norms; position tables are not decayed."""
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -172,7 +174,7 @@ class _Stepping:
             advance(self)
 
 
-class SLABDeiT(_Stepping, VisionTransformer):
+class SLABDeiT(Stepping, VisionTransformer):
     """A vision transformer without class token, with SLA in every block and `PRepBN` for every norm.
 
     Args:
@@ -252,7 +254,7 @@ class MapBlock(nn.Module):
         return out
 
 
-class SLABSwin(_Stepping, SwinTransformer):
+class SLABSwin(Stepping, SwinTransformer):
     """A Swin transformer with SLA in its first stages, and `PRepBN` for every norm.
 
     Args:
@@ -277,41 +279,6 @@ class SLABSwin(_Stepping, SwinTransformer):
         convert_norms(self, norm_steps)
 
 
-def fold(model: SLABDeiT | SLABSwin) -> SLABDeiT | SLABSwin:
-    """A copy of a trained model in eval mode whose norms are part of the linear layers next to them.
-
-    The final norm goes into the classifier, across the mean over tokens; a model without classifier or mean
-    keeps it. So do blocks of a Swin transformer that pad their map to whole windows: they pad behind the
-    norm, with zeros that the folded layer would see otherwise.
-    """
-    model = copy.deepcopy(model).eval()
-    for block in [
-        m for m in model.modules() if isinstance(m, (Block, MapBlock, SwinTransformerBlock))
-    ]:
-        block.mlp.fc1, block.norm2 = fold_into(block.norm2, block.mlp.fc1), nn.Identity()
-        sizes = getattr(block, "input_resolution", (0, 0)), getattr(block, "window_size", (1, 1))
-        if not any(n % w for n, w in zip(*sizes, strict=True)):
-            block.attn.qkv, block.norm1 = fold_into(block.norm1, block.attn.qkv), nn.Identity()
-    for merge in [m for m in model.modules() if isinstance(m, PatchMerging)]:
-        merge.reduction, merge.norm = fold_into(merge.norm, merge.reduction), nn.Identity()
-    if isinstance(model.patch_embed.norm, PRepBN):
-        factor, summand = model.patch_embed.norm.repbn.affine()
-        conv = model.patch_embed.proj
-        with torch.no_grad():
-            conv.weight.mul_(factor[:, None, None, None])
-            conv.bias.mul_(factor).add_(summand)
-        model.patch_embed.norm = nn.Identity()
-    if isinstance(model, SLABSwin):
-        pool, holder, name = model.head.global_pool.pool_type, model.head, "fc"
-    else:
-        pool, holder, name = model.global_pool, model, "head"
-    classifier = getattr(holder, name)
-    if isinstance(classifier, nn.Linear) and pool == "avg":
-        setattr(holder, name, fold_into(model.norm, classifier))
-        model.norm = nn.Identity()
-    return model
-
-
 def checkpoint_filter_fn(
     state_dict: dict[str, Tensor], model: SLABDeiT | SLABSwin
 ) -> dict[str, Tensor]:
@@ -321,19 +288,24 @@ def checkpoint_filter_fn(
     Swin transformers are where timm has them; all else keeps its name. A class token, which published
     models store and do not use, is left out.
     """
-    state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
+    state = official_names(state_dict.get("model", state_dict), model)  # type: ignore[arg-type]
+    state.pop("cls_token", None)
+    fit = swin_checkpoint_filter_fn if isinstance(model, SLABSwin) else vit_checkpoint_filter_fn
+    return fit(state, model)  # type: ignore[no-any-return]
+
+
+def official_names(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' norms renamed, position tables of keys fitted to the grids of `model`."""
     renamed = {}
     for key, value in state_dict.items():
-        if key == "cls_token":
-            continue
         key = re.sub(r"(^|\.)(norm\d?)\.norm1\.", r"\1\2.ln.", key)
         key = re.sub(r"(^|\.)(norm\d?)\.norm2\.", r"\1\2.repbn.", key)
         if key.endswith(".positional_encoding"):
-            grid = model.get_submodule(key.rpartition(".")[0]).grid
+            layer: Any = model.get_submodule(key.rpartition(".")[0])
+            grid = layer.grid
             value = resample_abs_pos_embed(value, list(grid), num_prefix_tokens=0)
         renamed[key] = value
-    fit = swin_checkpoint_filter_fn if isinstance(model, SLABSwin) else vit_checkpoint_filter_fn
-    return fit(renamed, model)  # type: ignore[no-any-return]
+    return renamed
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -18,4 +18,5 @@ from mmattn.nn import (
     probes as probes,
     slab as slab,
     slab_pyramid as slab_pyramid,
+    uplift as uplift,
 )

@@ -137,8 +137,11 @@ def _nearest(thing: Any) -> str:
 
 
 @torch.no_grad()
-def draw(pipe: Any, sets: Sequence[DrawnSet], seed: int, *, given: bool = False) -> Tensor:
-    """What the model draws for the captions: panels ``[n, 2, 3, Y, X]``; `given` shows it the first panel."""
+def draw(pipe: Any, sets: Sequence[DrawnSet], seed: int, *, given: str | None = None) -> Tensor:
+    """What the model draws for the captions, panels ``[n, 2, 3, Y, X]``.
+
+    `given` shows it the first panel: ``matched`` to the noise of a step, or ``clean``.
+    """
     from mmattn_pipelines.in_context import InContextPipeline
 
     pipe.set_progress_bar_config(disable=True)
@@ -148,6 +151,7 @@ def draw(pipe: Any, sets: Sequence[DrawnSet], seed: int, *, given: bool = False)
             drawn.caption,
             layout=LAYOUT,
             references=[to_pil_image(drawn.draw()[0])] if given else (),
+            reference_level=given or "matched",
             num_inference_steps=20,
             true_cfg_scale=3.0,
             negative_prompt="",
@@ -169,7 +173,7 @@ def interval(values: Sequence[bool], seed: int = 0) -> list[float]:
 
 
 def measure(
-    pipe: Any, sets: Sequence[DrawnSet], seed: int, *, given: bool = False
+    pipe: Any, sets: Sequence[DrawnSet], seed: int, *, given: str | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """Shares with intervals, and the panels."""
     panels = draw(pipe, sets, seed, given=given)
@@ -205,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {**vars(args), "out": str(args.out.name)}
     record["untuned"], before = measure(pipe, sets, args.seed)
     if args.references:
-        record["untuned, first panel given"], _ = measure(pipe, sets, args.seed, given=True)
+        record["untuned, first panel given"], _ = measure(pipe, sets, args.seed, given="matched")
     recipe = InContextLora(
         steps=args.steps,
         batch=args.batch,
@@ -227,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe.transformer.set_adapter(ADAPTER)
     record["trained"], after = measure(pipe, sets, args.seed)
     if args.references:
-        record["trained, first panel given"], _ = measure(pipe, sets, args.seed, given=True)
+        record["trained, first panel given"], _ = measure(pipe, sets, args.seed, given="clean")
     rows = torch.cat([before[:6].flatten(0, 1), after[:6].flatten(0, 1)])
     save_image(rows, args.out / "sets.png", nrow=12, padding=2)
     text = json.dumps(record, indent=2)

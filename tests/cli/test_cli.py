@@ -16,7 +16,7 @@ from mmattn.mini import manifest
 
 VERBS = (
     *("methods", "plan", "compare", "generate", "caption", "classify"),
-    *("attnmap", "bench", "eval", "mini", "doctor"),
+    *("attnmap", "bench", "eval", "mini", "doctor", "demo", "batch", "train"),
 )
 
 

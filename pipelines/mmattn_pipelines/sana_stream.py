@@ -366,8 +366,8 @@ class SanaStreamPipeline:
                     callback_on_chunk_end(i, clean)
             memory = stream.memory_bytes
         latents = torch.cat(done, dim=2)
-        frames = latents if output_type == "latent" else self._decode(latents, output_type)
-        return SanaStreamOutput(frames, sizes, memory)
+        drawn = latents if output_type == "latent" else self._decode(latents, output_type)
+        return SanaStreamOutput(drawn, sizes, memory)
 
     def _encode(self, text: str, device: torch.device) -> tuple[Tensor, Tensor]:
         embeds, mask, *_ = self.pipeline.encode_prompt(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mmattn._model_checks import check_safetensors
 from mmattn.errors import ConfigError, ModelLoadError
-from mmattn.loading import check_safetensors, resolve
+from mmattn.loading import resolve
 from mmattn.mini import load, manifest, train_vit
 
 

@@ -34,27 +34,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def models():
-    from mmattn_demos.models import Models
-
-    return Models()
-
-
-@pytest.fixture(scope="session")
-def server(models, tmp_path_factory):
-    """The whole page on loopback; yields its address."""
-    from mmattn_demos import app, serving
-
-    place = tmp_path_factory.mktemp("private")
-    place.chmod(0o700)
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(place)
-    blocks = app.build(models)
-    yield serving.serve(blocks, wait=False)
-    blocks.close()
-    del os.environ["GRADIO_TEMP_DIR"]
-    if before is not None:
-        os.environ["GRADIO_TEMP_DIR"] = before
+def server(demo_server):
+    """The whole page on loopback; its address."""
+    return demo_server
 
 
 @pytest.fixture(scope="session")

@@ -183,10 +183,10 @@ def test_bad_input_says_what_to_do(visit, expect, tmp_path):
     visit.wrong[:] = [text for text in visit.wrong if "disguised" not in text]
 
 
-def test_a_second_visitor_waits_in_the_queue(visit, expect, models):
+def test_a_second_visitor_waits_in_the_queue(visit, expect, demo_models):
     first, second = visit.go(), visit.go()
     few_steps(first, "image")
-    with models.lock:
+    with demo_models.lock:
         first.click("#image-run")
         first.wait_for_function(
             "() => /processing|queue/.test(document.querySelector('#image-status').innerText)"
@@ -205,10 +205,10 @@ def test_a_second_visitor_waits_in_the_queue(visit, expect, models):
     visit.wrong[:] = [text for text in visit.wrong if not cut.search(text)]
 
 
-def test_cancel(visit, expect, models):
+def test_cancel(visit, expect, demo_models):
     page = visit.go()
     few_steps(page, "image")
-    with models.lock:
+    with demo_models.lock:
         page.click("#image-run")
         page.wait_for_function(
             "() => /processing/.test(document.querySelector('#image-status').innerText)"

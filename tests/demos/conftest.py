@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import http.server
-import os
 import sys
 import threading
 from pathlib import Path
@@ -14,35 +13,20 @@ pytest.importorskip("gradio", reason="the demos need the extra [demo]")
 
 
 @pytest.fixture(scope="session")
-def models():
-    from mmattn_demos.models import Models
-
-    return Models()
+def models(demo_models):
+    return demo_models
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def folder(demo_folder):
     """The private folder of the server under test."""
-    place = tmp_path_factory.mktemp("private")
-    place.chmod(0o700)
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(place)
-    yield place
-    if before is None:
-        del os.environ["GRADIO_TEMP_DIR"]
-    else:
-        os.environ["GRADIO_TEMP_DIR"] = before
+    return demo_folder
 
 
 @pytest.fixture(scope="session")
-def server(models, folder):
-    """The whole page on loopback; yields its address without a slash at the end."""
-    from mmattn_demos import app, serving
-
-    blocks = app.build(models)
-    address = serving.serve(blocks, wait=False)
-    yield address.rstrip("/")
-    blocks.close()
+def server(demo_server):
+    """The whole page on loopback; its address without a slash at the end."""
+    return demo_server
 
 
 class _Canary(http.server.BaseHTTPRequestHandler):

@@ -191,7 +191,7 @@ class RayRun(Run):
         finally:
             watching.set()
             watcher.join()
-        text = "Ray came back without an answer; its logs are in /tmp/ray"
+        text = "Ray came back without an answer; its logs are in the folder of its session (ray_temp_dir)"
         for part in waiting.values():
             self._take(part, [_failed(item, "NoAnswer", text) for item in part], failed, summary)
 

@@ -8,22 +8,20 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import json
-import struct
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmattn import _model_checks as checks
 from mmattn.errors import ConfigError, MissingExtraError, ModelLoadError, suggest
 from mmattn.mini.manifest import NAMES
 
 KINDS: tuple[str, ...] = NAMES
 """What a model does: text-to-image, text-to-video, vision-language, classification."""
-
-_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
 @dataclass(frozen=True)
@@ -121,73 +119,6 @@ def _open_clip(source: str, device: torch.device | str, dtype: torch.dtype) -> L
     return Loaded("clip", model, None, source)
 
 
-def check_safetensors(path: Path) -> None:
-    """Read the header of a safetensors file and compare it with the file's size.
-
-    Raises:
-        ModelLoadError: when the file is truncated, damaged, or something else.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        head = stream.read(8)
-        if len(head) < 8:
-            raise ModelLoadError(
-                f"{path} is truncated: {size} bytes cannot hold a header. Download it again."
-            )
-        length = struct.unpack("<Q", head)[0]
-        if length > size - 8:
-            pointer = head.startswith(b"version ")
-            hint = " It is a Git LFS pointer: run 'git lfs pull'." if pointer else ""
-            raise ModelLoadError(
-                f"{path} is truncated or not a safetensors file: its header claims {length} bytes "
-                f"and the file has {size}.{hint or ' Download it again.'}"
-            )
-        try:
-            table = json.loads(stream.read(length))
-            ends = [
-                entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelLoadError(
-                f"{path} has a damaged safetensors header ({error}). Download it again."
-            ) from error
-    promised = 8 + length + max(ends, default=0)
-    if promised != size:
-        raise ModelLoadError(
-            f"{path} is {'truncated' if size < promised else 'damaged'}: its header promises "
-            f"{promised} bytes and the file has {size}. Download it again."
-        )
-
-
-def _check_folder(folder: Path) -> None:
-    weights = sorted(folder.rglob("*.safetensors"))
-    if not weights:
-        unsafe = sorted(p.name for p in folder.rglob("*") if p.suffix in _UNSAFE)
-        if unsafe:
-            raise ModelLoadError(
-                f"{folder} holds {unsafe[0]} but no safetensors; pickled weights can run code, so "
-                "mmattn does not read them. Convert them: load the model in its own library and call "
-                "save_pretrained(..., safe_serialization=True)."
-            )
-        raise ModelLoadError(f"{folder} holds no *.safetensors file.")
-    for path in weights:
-        check_safetensors(path)
-    for index in sorted(folder.rglob("*.safetensors.index.json")):
-        for shard in sorted(set(_json(index).get("weight_map", {}).values())):
-            if not (index.parent / shard).is_file():
-                raise ModelLoadError(f"{index} lists the shard {shard}, which is missing.")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ModelLoadError(f"{path} must hold a JSON object, found {type(data).__name__}.")
-    return data
-
-
 def _folder(
     folder: Path,
     kind: str | None,
@@ -196,25 +127,28 @@ def _folder(
     source: str,
 ) -> Loaded:
     index, config = folder / "model_index.json", folder / "config.json"
-    if index.is_file():
-        data = _json(index)
-        own_code = isinstance(data.get("_class_name"), list)
-        reader = _pipeline
-    elif config.is_file():
-        data = _json(config)
-        own_code = "auto_map" in data
-        reader = _timm if "architecture" in data and "model_type" not in data else _transformers
-    else:
+    pipeline = index.is_file()
+    if not pipeline and not config.is_file():
         raise ModelLoadError(
             f"{folder} has neither model_index.json (diffusers) nor config.json (transformers, timm)."
         )
-    if own_code:
+    tensors = checks.check_folder(folder)
+    data = checks.read_json(index if pipeline else config)
+    if isinstance(data.get("_class_name"), list) or "auto_map" in data:
         raise ModelLoadError(
             f"{folder} brings its own Python code, which mmattn does not run. Load it yourself and "
             "pass the object to mmattn.attach."
         )
-    _check_folder(folder)
-    loaded = reader(str(folder), kind, device, dtype, local=True)
+    if pipeline:
+        loaded = _pipeline(folder, data, device, dtype, tensors)
+    else:
+        # What each library prefers to a pickle: timm this one name, transformers also shards.
+        timm = "architecture" in data and "model_type" not in data
+        checks.check_pickles(folder, "model.safetensors" if timm else "model*.safetensors")
+        reader = _timm if timm else _transformers
+        loaded = reader(str(folder), kind, device, dtype, local=True)
+        own = checks.within(tensors, folder)
+        checks.check_weights(source, loaded.target, own)
     if kind not in (None, loaded.kind):
         raise ConfigError(f"{source} is a model of kind {loaded.kind}, not {kind}")
     return Loaded(loaded.kind, loaded.target, loaded.processor, source)
@@ -227,14 +161,20 @@ def _hub(source: str, kind: str | None, device: torch.device | str, dtype: torch
             f"--kind {'|'.join(KINDS)}"
         )
     if kind in ("t2i", "t2v"):
-        loaded = _pipeline(source, kind, device, dtype, local=False)
-    elif kind == "vlm":
+        diffusers = importlib.import_module("diffusers")
+        with _plain_errors(source, local=False):
+            fetched = diffusers.DiffusionPipeline.download(
+                source, use_safetensors=True, trust_remote_code=False
+            )
+        return _folder(Path(fetched), kind, device, dtype, source)
+    if kind == "vlm":
         loaded = _transformers(source, kind, device, dtype, local=False)
     else:
         timm = importlib.import_module("timm")
         named = source.startswith(("timm/", "hf_hub:", "hf-hub:")) or timm.is_model(source)
         reader = _timm if named else _transformers
         loaded = reader(source, kind, device, dtype, local=False)
+    checks.check_weights(source, loaded.target)
     return Loaded(loaded.kind, loaded.target, loaded.processor, source)
 
 
@@ -255,26 +195,67 @@ def _plain_errors(source: str, local: bool) -> Iterator[None]:
         ) from error
 
 
+def _check_keys(source: str, model: torch.nn.Module, info: Mapping[str, Any]) -> None:
+    """Refuse a model that was not filled by its weights, or not by all of them.
+
+    Args:
+        source: named in the error.
+        model: as loaded.
+        info: what ``from_pretrained(..., output_loading_info=True)`` returned beside it.
+    """
+    state = model.state_dict(keep_vars=True)
+    absent = set(info["missing_keys"])
+    filled = {id(tensor) for key, tensor in state.items() if key not in absent}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    problems = {
+        # A tied weight is missing by one of its names only.
+        "missing": [
+            key
+            for key in sorted(absent)
+            if id(state.get(key)) not in filled and not any(re.search(p, key) for p in optional)
+        ],
+        "unexpected": sorted(map(str, info["unexpected_keys"])),
+        "mismatched": sorted(map(str, info["mismatched_keys"])),
+        "unreadable": [str(message) for message in info["error_msgs"]],
+    }
+    for what, keys in problems.items():
+        if keys:
+            raise ModelLoadError(
+                f"{source} does not fit its config: {len(keys)} {what} weights, first {keys[0]}. "
+                f"A {type(model).__name__} without them would be partly random. Use the config and "
+                "the weights of the same model."
+            )
+
+
 def _pipeline(
-    source: str,
-    kind: str | None,
+    folder: Path,
+    index: dict[str, Any],
     device: torch.device | str,
     dtype: torch.dtype,
-    *,
-    local: bool,
+    tensors: checks.Header,
 ) -> Loaded:
     diffusers = importlib.import_module("diffusers")
-    with _plain_errors(source, local):
+    common = {"use_safetensors": True, "local_files_only": True}
+    models = {}
+    # Each model by itself, since a pipeline does not say which weights were missing.
+    for name, cls in checks.components(folder, index).items():
+        part = folder / name
+        ours = issubclass(cls, diffusers.ModelMixin)
+        named = {"torch_dtype" if ours else "dtype": dtype}
+        with _plain_errors(str(part), local=True):
+            model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+                part, output_loading_info=True, **named, **common
+            )
+        _check_keys(str(part), model, info)
+        checks.check_weights(str(part), model, checks.within(tensors, part))
+        models[name] = model
+    with _plain_errors(str(folder), local=True):
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=local,
+            folder, torch_dtype=dtype, trust_remote_code=False, **models, **common
         )
     pipe.set_progress_bar_config(disable=True)
     films = "num_frames" in inspect.signature(type(pipe).__call__).parameters
-    return Loaded("t2v" if films else "t2i", pipe.to(device), None, source)
+    return Loaded("t2v" if films else "t2i", pipe.to(device), None, str(folder))
 
 
 def _transformers(
@@ -293,15 +274,24 @@ def _transformers(
             classes = getattr(config, "architectures", None) or [""]
             kind = "vit" if classes[0].endswith("ForImageClassification") else "vlm"
         if kind == "vit":
-            model = transformers.AutoModelForImageClassification.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, **common
+            model, info = transformers.AutoModelForImageClassification.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **common,
             )
             processor = transformers.AutoImageProcessor.from_pretrained(source, **common)
         else:
-            model = transformers.AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, **common
+            model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **common,
             )
             processor = transformers.AutoProcessor.from_pretrained(source, **common)
+    _check_keys(source, model, info)
     return Loaded(kind, model.eval().to(device), processor, source)
 
 
@@ -321,4 +311,11 @@ def _timm(
         name = f"hf-hub:{source}"
     with _plain_errors(source, local):
         model = timm.create_model(name, pretrained=True)
+    if model.num_classes != model.pretrained_cfg["num_classes"]:
+        # timm then leaves the classifier random and says nothing.
+        raise ModelLoadError(
+            f"{source} does not fit its config: its weights have "
+            f"{model.pretrained_cfg['num_classes']} classes and its model_args ask for "
+            f"{model.num_classes}."
+        )
     return Loaded("vit", model.to(dtype).eval().to(device), None, source)

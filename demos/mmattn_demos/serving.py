@@ -128,6 +128,21 @@ def blocked() -> list[str]:
     return [str(place.resolve()) for place in places if place.resolve() != Path("/")]
 
 
+def _forgiving(queue: Any) -> None:
+    """Drop messages to visitors who have left.
+
+    Gradio's worker looks a waiting request's session up without asking whether it is still there, and ends
+    with a KeyError if not; from then on every request is refused.
+    """
+    send = queue.send_message
+
+    def send_if_there(event: Any, message: Any) -> None:
+        if event.session_hash in queue.pending_messages_per_session:
+            send(event, message)
+
+    queue.send_message = send_if_there
+
+
 def serve(
     demo: Any,
     *,
@@ -153,6 +168,7 @@ def serve(
 
     known = credentials(auth, host)
     demo.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=4)
+    _forgiving(demo._queue)
     try:
         _, address, _ = demo.launch(
             server_name=host,

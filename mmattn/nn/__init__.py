@@ -13,6 +13,7 @@ from mmattn.nn import (
     gqa as gqa,
     mala as mala,
     moh as moh,
+    moment_probing as moment_probing,
     nala as nala,
     nat as nat,
     probes as probes,

@@ -115,3 +115,23 @@ def test_demos_load_nothing_from_elsewhere():
         if remote.search(line)
     ]
     assert not found
+
+
+def test_a_message_to_a_visitor_who_left_does_not_end_the_queue():
+    from types import SimpleNamespace
+
+    import gradio as gr
+
+    with gr.Blocks() as blocks:
+        pass
+    queue = blocks.queue()._queue
+    left = SimpleNamespace(alive=True, session_hash="gone", _id="1")
+    message = SimpleNamespace(event_id=None)
+    with pytest.raises(KeyError):  # what gradio does by itself; delete _forgiving when this passes
+        queue.send_message(left, message)
+    serving._forgiving(queue)
+    queue.send_message(left, message)
+    got = []
+    queue.pending_messages_per_session["here"] = SimpleNamespace(put_nowait=got.append)
+    queue.send_message(SimpleNamespace(alive=True, session_hash="here", _id="2"), message)
+    assert got == [message] and message.event_id == "2"

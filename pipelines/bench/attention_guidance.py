@@ -1,7 +1,7 @@
 """Measure A-STAR, isolation and reposition, and EIDT-V on the embedded text-to-image model.
 
     python pipelines/bench/attention_guidance.py --out docs/attention-guidance        # everything
-    python pipelines/bench/attention_guidance.py --out /tmp/look --n 8 --parts astar  # a first look
+    python pipelines/bench/attention_guidance.py --out out/look --n 8 --parts astar  # a first look
 
 Every row is written to ``results.json`` as soon as it is measured, and a row that is there already is not
 measured again; strips of pictures go next to it. The oracle of `mmattn.mini` judges what was drawn.

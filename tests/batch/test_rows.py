@@ -54,7 +54,7 @@ def test_csv_has_types_quotes_and_empty_cells(bench):
 
 
 def test_parquet_reads_as_jsonl_does(bench):
-    pa = pytest.importorskip("pyarrow")
+    pa = pytest.importorskip("pyarrow", reason="parquet needs the extra [batch]")
     import pyarrow.parquet as pq
 
     table = [

@@ -12,7 +12,9 @@ import mmattn
 from mmattn.batch.writers import to_pixels
 from mmattn.calls import draw
 
-gradio_client = pytest.importorskip("gradio_client")
+gradio_client = pytest.importorskip(
+    "gradio_client", reason="the API is tested through [demo]'s client"
+)
 PROMPT = "a big red circle on the left on a white background"
 
 

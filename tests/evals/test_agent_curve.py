@@ -122,5 +122,5 @@ def test_record_goes_on_where_it_stopped(t2i, tmp_path):
         ac.measure(t2i, path, 3, 4)
     text = _agent_plot.markdown({"t2i": record})
     assert text.count("first quarter dense") == 3
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need the extra [eval]")
     assert _agent_plot.plot({"t2i": record}, tmp_path / "curve.png").stat().st_size > 10_000

@@ -94,7 +94,7 @@ def test_record_goes_on_where_it_stopped_and_refuses_other_settings(tmp_path, mo
 
 
 def test_plot_is_written(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need the extra [eval]")
     run = {"loss": [1.7, 1.5, 1.0], "parameters": 10, "cpu_seconds": 1.0}
     runs = [
         {"attention": n, "seed": s, "accuracy": 0.4 + 0.1 * s, **run}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmattn.errors import ConfigError
+from mmattn.errors import ConfigError, MmattnError
 from mmattn.loading import Loaded
 
 T2I_SIZE, T2V_SIZE, T2V_FRAMES, TEXT_LENGTH = 64, 48, 17, 16
@@ -31,6 +32,45 @@ def _limits(loaded: Loaded) -> dict[str, Any]:
         "num_frames": T2V_FRAMES,
         "max_sequence_length": TEXT_LENGTH,
     }
+
+
+def guiding(loaded: Loaded, guidance: float | None, negative: str = "") -> dict[str, Any]:
+    """How a pipeline is told its guidance scale and what to steer away from.
+
+    FLUX, HunyuanVideo, Qwen-Image and their kin have two scales. ``true_cfg_scale`` is classifier-free
+    guidance, and does nothing without a negative prompt, be it an empty one. ``guidance_scale`` is an
+    input of models that were distilled with it, such as FLUX.1-dev (``guidance_embeds`` in their config);
+    those take a scale that way, unless there is something to steer away from.
+
+    Args:
+        loaded: a text-to-image or text-to-video pipeline.
+        guidance: the scale; None takes the pipeline's default (3 for the embedded models).
+        negative: prompt to steer away from.
+    """
+    pipe = loaded.target
+    known = inspect.signature(type(pipe).__call__).parameters
+    scale = 3.0 if guidance is None and loaded.embedded else guidance
+    found: dict[str, Any] = {}
+    distilled = getattr(
+        getattr(getattr(pipe, "transformer", None), "config", None), "guidance_embeds", False
+    )
+    true = "true_cfg_scale" in known and (bool(negative) or not distilled)
+    if scale is not None:
+        found["true_cfg_scale" if true else "guidance_scale"] = scale
+    if negative or loaded.embedded or "true_cfg_scale" in found:
+        found["negative_prompt"] = negative
+    return found
+
+
+@contextlib.contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """What a pipeline says about values it was given, as ours; its faults pass as they are."""
+    try:
+        yield
+    except MmattnError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name} refuses the call: {error}") from error
 
 
 @torch.no_grad()
@@ -52,22 +92,24 @@ def draw(
         prompts: what to draw.
         seeds: one per prompt; the noise of an item does not depend on its neighbours.
         steps: denoising steps.
-        guidance: classifier-free guidance scale; None takes the pipeline's default (3 for the embedded
-            models).
+        guidance: guidance scale, see `guiding`; None takes the pipeline's default.
         negative: prompt to steer away from.
         batch: items per call.
         extra: further arguments of the pipeline (height, width, num_frames, ...); None is left out.
 
     Raises:
-        ConfigError: when the pipeline does not take an argument.
+        ConfigError: when the pipeline does not take an argument, or refuses its value.
     """
     pipe = loaded.target
     known = inspect.signature(type(pipe).__call__).parameters
-    arguments = {**_limits(loaded), **{k: v for k, v in extra.items() if v is not None}}
-    scale = 3.0 if guidance is None and loaded.embedded else guidance
-    if scale is not None:
-        true_scale = loaded.kind == "t2i" and "true_cfg_scale" in known
-        arguments["true_cfg_scale" if true_scale else "guidance_scale"] = scale
+    if "prompt" not in known:
+        raise ConfigError(f"{type(pipe).__name__} takes no prompt; name a pipeline that does")
+    steering = guiding(loaded, guidance, negative)
+    arguments = {
+        **_limits(loaded),
+        **steering,
+        **{k: v for k, v in extra.items() if v is not None},
+    }
     for name in arguments:
         if name not in known:
             raise ConfigError(f"{type(pipe).__name__} takes no argument {name!r}; leave it out")
@@ -75,15 +117,17 @@ def draw(
     for start in range(0, len(prompts), batch):
         texts = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + batch]]
-        if "negative_prompt" in known and (loaded.embedded or negative):
+        if "negative_prompt" in steering:
             arguments["negative_prompt"] = [negative] * len(texts)
-        result = pipe(
-            texts,
-            num_inference_steps=steps,
-            generator=generators,
-            output_type="pt",
-            **arguments,
-        )
+        # By name: pipelines that also edit pictures have the picture as their first argument.
+        with _refusals(type(pipe).__name__):
+            result = pipe(
+                prompt=texts,
+                num_inference_steps=steps,
+                generator=generators,
+                output_type="pt",
+                **arguments,
+            )
         films = getattr(result, "frames", None)
         part = result.images if films is None else films.transpose(1, 2)
         parts.append(part.float().cpu())

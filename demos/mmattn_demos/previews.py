@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,26 +11,31 @@ from torch import Tensor
 
 from mmattn.batch.writers import to_image
 
+UNPACKS = ["latents", "height", "width", "vae_scale_factor"]
+"""Arguments of the function that unpacks latents in FLUX and Qwen-Image."""
+
 
 @torch.no_grad()
 def preview(pipe: Any, latents: Tensor, size: tuple[int, int] | None) -> Image.Image | None:
     """The first picture (or the middle frame) that `latents` decode to; None for an unknown packing.
 
     Args:
-        pipe: a pipeline like FLUX (packed latents), Wan (video latents) or Stable Diffusion.
+        pipe: a pipeline like FLUX or Qwen-Image (packed latents), Wan (video latents) or Stable Diffusion.
         latents: of its step callback.
         size: (height, width) of the picture, which FLUX-like latents do not tell.
     """
     vae, latents = getattr(pipe, "vae", None), latents[:1]
     if vae is None:
         return None
+    if latents.ndim == 3:
+        unpack = getattr(pipe, "_unpack_latents", None)
+        # Other families have a function of this name too, with other arguments.
+        if unpack is None or size is None or list(inspect.signature(unpack).parameters) != UNPACKS:
+            return None
+        latents = unpack(latents, *size, pipe.vae_scale_factor)
     if latents.ndim == 5:
         return _frame(vae, latents)
-    if latents.ndim == 3:
-        if not hasattr(pipe, "_unpack_latents") or size is None:
-            return None
-        latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
-    if latents.ndim != 4 or latents.shape[1] != vae.config.latent_channels:
+    if latents.ndim != 4 or latents.shape[1] != getattr(vae.config, "latent_channels", None):
         return None
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     latents = latents / vae.config.scaling_factor + shift

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ipaddress
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -18,8 +19,15 @@ from mmattn_demos.limits import UPLOAD_BYTES
 from mmattn_demos.style import CSS
 
 QUEUE = 16
-_OLDEST = (6, 7)
-"""Gradio before 6.7 has path traversals that later versions closed."""
+SESSIONS = 64
+"""Visitors whose page and unread results are kept; beyond them the longest silent are forgotten."""
+MESSAGES = 256
+"""Unread ones that are kept of a visitor; the oldest go first, and they tell progress."""
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""How pages and clients name their session."""
+_OLDEST = (6, 31)
+"""Versions before 6.7 have path traversals that later ones closed; the bounds below are made for the queue
+of 6.31."""
 
 
 def gradio() -> Any:
@@ -37,7 +45,8 @@ def gradio() -> Any:
     found = tuple(int(part) for part in gr.__version__.split(".")[:2])
     if found < _OLDEST:
         raise ConfigError(
-            f"gradio {gr.__version__} has known holes; install gradio>=6.7: pip install 'mmattn[demo]'"
+            f"gradio {gr.__version__} is too old to be served safely; install gradio>=6.31: "
+            "pip install 'mmattn[demo]'"
         )
     return gr
 
@@ -129,7 +138,7 @@ def blocked() -> list[str]:
 
 
 def _forgiving(queue: Any) -> None:
-    """Drop messages to visitors who have left.
+    """Drop messages to visitors who have left, and the oldest of visitors who do not read.
 
     Gradio's worker looks a waiting request's session up without asking whether it is still there, and ends
     with a KeyError if not; from then on every request is refused.
@@ -137,10 +146,58 @@ def _forgiving(queue: Any) -> None:
     send = queue.send_message
 
     def send_if_there(event: Any, message: Any) -> None:
-        if event.session_hash in queue.pending_messages_per_session:
-            send(event, message)
+        unread = queue.pending_messages_per_session.get(event.session_hash)
+        if unread is None:
+            return
+        send(event, message)
+        while unread.qsize() > MESSAGES:
+            dropped = unread.get_nowait()
+            if dropped.msg == "process_completed":
+                ids = queue.pending_event_ids_session.get(event.session_hash, set())
+                ids.discard(dropped.event_id)
 
     queue.send_message = send_if_there
+
+
+def _forgetful(queue: Any) -> None:
+    """Bound what stays in memory of requests that have ended.
+
+    By itself Gradio records 10 000 requests for a monitoring page that is off here, and makes a table of
+    them after every request. One session name that is no text fails that table, and from then on every
+    request stays in memory with its body. It also keeps half a megabyte of page state per session, of
+    anonymous calls too, and the results that 2000 visitors have not read.
+    """
+    queue.ANALYTICS_MAX_EVENTS = 0
+    push, reset = queue.push, queue.reset_iterators
+
+    async def push_and_forget(body: Any, request: Any, username: Any) -> Any:
+        if body.session_hash is not None and not _NAME.fullmatch(body.session_hash):
+            return False, "A session is named with 1 to 64 letters, digits, - and _.", "error"
+        answer = await push(body=body, request=request, username=username)
+        if answer[0]:
+            queue.pending_messages_per_session.move_to_end(body.session_hash)
+            _forget_silent(queue)
+        return answer
+
+    async def reset_and_forget(event: str) -> None:
+        await reset(event)
+        # The session of an anonymous call has the name of its only event, which ends here.
+        queue.server_app.state_holder.session_data.pop(event, None)
+        queue.server_app.state_holder.time_last_used.pop(event, None)
+
+    queue.push, queue.reset_iterators = push_and_forget, reset_and_forget
+
+
+def _forget_silent(queue: Any) -> None:
+    """Drop unread results of visitors for whom nothing waits or runs, but for the last `SESSIONS`."""
+    unread, ids = queue.pending_messages_per_session, queue.pending_event_ids_session
+    waiting = [line.queue for line in queue.event_queue_per_concurrency_id.values()]
+    running = [events for events in queue.active_jobs if events is not None]
+    busy = {event.session_hash for events in (*waiting, *running) for event in events}
+    for name in [name for name in unread if name not in busy][:-SESSIONS]:
+        del unread[name]
+    for name in [name for name in ids if name not in unread and name not in busy]:
+        del ids[name]
 
 
 def serve(
@@ -169,6 +226,7 @@ def serve(
     known = credentials(auth, host)
     demo.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=4)
     _forgiving(demo._queue)
+    _forgetful(demo._queue)
     try:
         _, address, _ = demo.launch(
             server_name=host,
@@ -183,7 +241,7 @@ def serve(
             blocked_paths=blocked(),
             enable_monitoring=False,
             strict_cors=True,
-            state_session_capacity=200,
+            state_session_capacity=SESSIONS,
             footer_links=[],
             run_history=False,
             ssr_mode=False,

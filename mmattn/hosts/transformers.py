@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch
 from mmattn.errors import ConflictError, NoSiteError
 from mmattn.hosts.base import ClassSwap, Handle, named_sites, number
 from mmattn.hosts.transformers_cut import Hooks
-from mmattn.hosts.transformers_features import Family, family_of
+from mmattn.hosts.transformers_features import family_of
 from mmattn.hosts.transformers_inner import inner_of, logits_hook
 from mmattn.hosts.transformers_language import LanguageHook
 from mmattn.hosts.transformers_layout import (
@@ -37,38 +36,11 @@ from mmattn.hosts.transformers_layout import (
     vision_layout,
 )
 from mmattn.hosts.transformers_qformer import before_qformer
+from mmattn.hosts.transformers_tower import Tower
 from mmattn.rebind import SLOT, subclass
 from mmattn.runs import Pictures, Root
 from mmattn.seams import Seam
 from mmattn.sites import Site
-
-
-@dataclass
-class Tower(Root):
-    """One tower of a model: its forward is the unit in which all of its sites must run.
-
-    Args:
-        role: ``vision``, ``qformer`` or ``language``.
-        tokens: image positions; the language tower of a vision-language model only.
-        fusion: the model that puts image features among the token embeddings.
-        family: how that model packs its image features, at the tower before which tokens are dropped: the
-            language tower, or the Q-Former that stands before it. None where pruning is not known.
-        vision: sites of the vision tower that feeds this tower.
-        prunable: whether any tower of the target has a `family`.
-        language: the language tower behind the logits; the whole model only.
-        inner: path of the language model that the whole model lets generate alone, and that model.
-        pictures: the last call for image features.
-    """
-
-    role: str = "language"
-    tokens: ImageTokens | None = None
-    fusion: torch.nn.Module | None = None
-    family: Family | None = None
-    vision: list[Site] = field(default_factory=list)
-    prunable: bool = False
-    language: Tower | None = None
-    inner: tuple[str, torch.nn.Module] | None = None
-    pictures: Pictures | None = None
 
 
 class TransformersHost:

@@ -16,7 +16,7 @@ from mmattn.runs import Run, removable_hook
 from mmattn.sites import Site
 
 if TYPE_CHECKING:
-    from mmattn.hosts.transformers import Tower
+    from mmattn.hosts.transformers_tower import Tower
 
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
 

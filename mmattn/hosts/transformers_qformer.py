@@ -19,7 +19,7 @@ from mmattn.runs import Run
 from mmattn.sites import Site
 
 if TYPE_CHECKING:
-    from mmattn.hosts.transformers import Tower
+    from mmattn.hosts.transformers_tower import Tower
 
 
 class QFormerHook(Hooks):

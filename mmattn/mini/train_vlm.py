@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mmattn.mini import objects, planted
+from mmattn.mini.grading import HELD_OUT_SEED, evaluate
 from mmattn.mini.recipe import (
     Log,
     MuonAdamW,
@@ -38,17 +39,15 @@ from mmattn.mini.teaching import Alignment, Context, Price
 from mmattn.mini.vlm import (
     BOS,
     EOS,
-    HELD_OUT_SEED,
     IMAGE,
     IMAGE_TOKENS,
     PAD,
     build,
-    evaluate,
     load,
     save,
 )
 
-__all__ = ["build", "evaluate", "main", "train"]
+__all__ = ["HELD_OUT_SEED", "build", "evaluate", "main", "train"]
 
 ANSWER_WEIGHT = 5.0
 BATCH = 16

@@ -68,7 +68,7 @@ def test_training_pixels_are_what_the_processor_makes() -> None:
 
 def test_evaluation_seeds_are_kept_out_of_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="evaluation"):
-        train_vlm.train(tmp_path, seed=vlm.HELD_OUT_SEED, smoke=True)
+        train_vlm.train(tmp_path, seed=train_vlm.HELD_OUT_SEED, smoke=True)
 
 
 def test_shipped_files_are_small() -> None:

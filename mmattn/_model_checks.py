@@ -28,26 +28,35 @@ Header = dict[str, tuple[str, list[int]]]
 """What a safetensors file says of its tensors: name -> (dtype, shape)."""
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-HEADER_BYTES = 100_000_000
-"""Largest header that the safetensors format allows."""
+HEADER_BYTES = 2**24
+"""Largest header of a safetensors file; one of 100,000 tensors has about 12 MB. The format allows 100 MB,
+which take more than a gigabyte when they are parsed."""
 CONFIG_BYTES = 4 * 2**20
 """Largest config; the one of a classifier with 21,841 named classes has about 1.5 MB."""
 DATA_BYTES = 128 * 2**20
 """Largest vocabulary or shard index; the largest published tokenizers have about 35 MB."""
 NESTING = 40
-LAYERS = 1000
+LAYERS = 256
 """Layers that a config may always ask for; above, each needs a tensor of its own in the files."""
-WIDTH = 2**20
-"""Channels, heads, or entries of a vocabulary that a config may always ask for."""
+WIDTH, ENTRIES = 2**15, 2**20
+"""Channels, and entries of a vocabulary, that a config may always ask for; above, a tensor has that side."""
+FACTOR, LENGTH = 256, 2**16
+"""Patch sizes, ratios and extra words, and entries of a table that is computed when a model is built."""
 SLACK = 2**26
 """Weights that a config may always ask for, since the defaults of an unused part count as well."""
 
-_COUNTED = re.compile(r"(\w+_)?(num|n)_(\w+_)?(layers?|blocks?)|(\w+_)?depths?|\w+coder_layers")
+_COUNTED = re.compile(
+    r"(\w+_)?(num|n)_(\w+_)?(layers?|blocks?)|(\w+_)?depths?|\w+coder_layers|layers_per_\w+"
+)
+_FACTORS = re.compile(r"(\w+_)?(order|mult|ratio|multiplier|patch_size)|extra_ids")
+_LISTED = re.compile(r"(\w+_)?(timesteps|seq_len)")
+_ENTRIES = re.compile(r"(\w+_)?(vocab_size|num_classes)")
 _SIZED = re.compile(
-    r"(\w+_)?(hidden_size|intermediate_size|vocab_size|patch_size|image_size|img_size|channels"
-    r"|chans|heads|head|dim|dims|width|d_model|d_ff|d_kv|n_embd|num_classes)"
+    r"(\w+_)?(hidden_size|intermediate_size|image_size|img_size|channels"
+    r"|chans|heads|head|dim|dims|width|d_model|d_ff|d_kv|n_embd)"
 )
 _WIDE = ("hidden_size", "embed_dim", "d_model", "dim", "width", "hidden_dim", "inner_dim", "n_embd")
+_WIDE += ("block_out_channels", "latent_channels", "base_dim", "decoder_base_dim", "z_dim")
 
 
 def read_json(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def check_safetensors(path: Path) -> Header:
             )
         if length > HEADER_BYTES:
             raise ModelLoadError(
-                f"{path} claims a header of {length} bytes; safetensors allows {HEADER_BYTES}."
+                f"{path} claims a header of {length} bytes; mmattn reads at most {HEADER_BYTES}."
             )
         try:
             table = json.loads(stream.read(length), object_pairs_hook=_unique)
@@ -113,6 +122,9 @@ def check_safetensors(path: Path) -> Header:
                 name: (str(entry["dtype"]), list(entry["shape"])) for name, entry in table.items()
             }
             promised = 8 + length + max(ends, default=0)
+            if any(side >= 2**63 for _, shape in header.values() for side in shape):
+                # Beside a zero it takes no bytes, and torch has no such number.
+                raise ValueError("a side of a tensor has no end")
         except (
             ValueError,
             KeyError,
@@ -272,21 +284,25 @@ def _check_numbers(path: Path, data: dict[str, Any], tensors: Header) -> None:
     """Counts and sizes in a config against the weights that lie beside it."""
     layers = max(LAYERS, len(tensors))
     sizes = [prod(shape) for _, shape in tensors.values()]
-    width = max(WIDTH, *sizes)
+    side = max((max(shape, default=1) for _, shape in tensors.values()), default=1)
+    limits = (
+        *((_COUNTED, layers), (_FACTORS, FACTOR), (_LISTED, LENGTH)),
+        *((_ENTRIES, max(ENTRIES, side)), (_SIZED, max(WIDTH, side))),
+    )
     for table in list(_walk(data, path)):
         deepest = 1.0
         for key, value in table.items():
-            counted = _COUNTED.fullmatch(key) is not None
-            if not counted and not _SIZED.fullmatch(key):
+            known, most = next((pair for pair in limits if pair[0].fullmatch(key)), (None, 0))
+            if known is None:
                 continue
             low, high = min(_numbers(value), default=0), max(_numbers(value), default=0)
-            if low < 0 or not high <= (layers if counted else width):
-                asked = low if low < 0 else high
+            if not high <= most or (low < 0 and known is not _FACTORS):
+                asked = high if low >= 0 or not high <= most else low
                 raise ModelLoadError(
                     f"{path} asks for {key} = {asked}, which no model has that these weights fit "
                     f"({len(tensors)} tensors, {sum(sizes)} weights in all)."
                 )
-            if counted:
+            if known is _COUNTED:
                 deepest = max(deepest, high)
         widest = max(max(_numbers(table.get(key)), default=0) for key in _WIDE)
         heads, each = table.get("num_attention_heads"), table.get("attention_head_dim")
@@ -316,10 +332,9 @@ def components(folder: Path, index: Mapping[str, Any]) -> dict[str, type]:
         if not isinstance(entry, list) or not entry or not any(isinstance(e, str) for e in entry):
             continue
         library, kind = entry if len(entry) == 2 else (None, None)
-        known = library in ("diffusers", "transformers") or library in inside
-        words = all(isinstance(word, str) and word.isidentifier() for word in (name, kind))
+        words = all(isinstance(word, str) and word.isidentifier() for word in (name, library, kind))
         found: Any = None
-        if known and words:
+        if words and (library in ("diffusers", "transformers") or library in inside):
             home = (
                 library
                 if library in ("diffusers", "transformers")

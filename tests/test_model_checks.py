@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from mmattn._model_checks import check_safetensors
 from mmattn.errors import ModelLoadError
 from mmattn.loading import resolve
+from mmattn.measuring import measured
 from mmattn.mini import train_t2i, train_vit, vlm
 
 FORMATS = [".bin", ".pt", ".pth", ".ckpt", ".pkl"]
@@ -119,6 +120,9 @@ def test_pickles_beside_safetensors_are_left_alone(name, copy, tmp_path):
         ["transformers", "logging"],
         ["diffusers", "../x"],
         ["subprocess", "Popen", "x"],
+        [{}, "AutoencoderKL"],
+        [None, "AutoencoderKL"],
+        ["diffusers", ["AutoencoderKL"]],
     ],
 )
 def test_only_classes_of_the_libraries_are_named(entry, copy):
@@ -126,6 +130,15 @@ def test_only_classes_of_the_libraries_are_named(entry, copy):
     _change(folder / "model_index.json", vae=entry)
     with pytest.raises(ModelLoadError, match="no class of diffusers or transformers"):
         resolve(str(folder))
+
+
+def test_pipelines_of_the_folder_are_not_imported(copy, tmp_path):
+    folder = copy("flux")
+    (folder / "pipeline.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    _change(folder / "model_index.json", _class_name=["pipeline", "MyPipe"])
+    with pytest.raises(ModelLoadError, match="brings its own Python code"):
+        resolve(str(folder))
+    assert not (tmp_path / "marker").exists()
 
 
 def test_component_names_are_no_paths(copy):
@@ -142,9 +155,19 @@ def test_component_names_are_no_paths(copy):
         ("flux", "text_encoder/config.json", {"hidden_size": -1}, "hidden_size = -1"),
         ("flux", "text_encoder/config.json", {"hidden_size": 10**7}, "hidden_size"),
         ("flux", "vae/config.json", {"block_out_channels": [64, 10**9]}, "block_out_channels"),
-        ("flux", "transformer/config.json", {"attention_head_dim": 2**19}, "far more than"),
+        ("flux", "transformer/config.json", {"attention_head_dim": 2**13}, "far more than"),
+        ("flux", "transformer/config.json", {"attention_head_dim": 2**19}, "attention_head_dim"),
+        ("flux", "vae/config.json", {"block_out_channels": [2**14]}, "far more than"),
+        ("flux", "vae/config.json", {"layers_per_block": 10**9}, "layers_per_block"),
+        ("flux", "vae/config.json", {"dim_mult": [1, 10**6]}, "dim_mult"),
+        ("flux", "transformer/config.json", {"rope_max_seq_len": 10**9}, "rope_max_seq_len"),
+        ("flux", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "timesteps"),
+        ("flux", "scheduler/scheduler_config.json", {"solver_order": 10**9}, "solver_order"),
+        ("flux", "tokenizer_2/tokenizer_config.json", {"extra_ids": 2**63}, "extra_ids"),
         ("vit", "config.json", {"model_args": {"depth": 10**9}}, "depth"),
-        ("vit", "config.json", {"model_args": {"depth": 900, "embed_dim": 65536}}, "far more"),
+        ("vit", "config.json", {"model_args": {"depth": 200, "embed_dim": 30_000}}, "far more"),
+        ("vit", "config.json", {"model_args": {"mlp_ratio": 1e9}}, "mlp_ratio"),
+        ("vit", "config.json", {"model_args": {"patch_size": 2**15}}, "patch_size"),
         ("llava", "config.json", {"text_config": {"num_hidden_layers": 1e300}}, "num_hidden"),
         ("llava", "config.json", {"vocab_size": float("nan")}, "vocab_size = nan"),
         ("vit", "config.json", {"labels": "x" * 50_000_000}, "reads at most"),
@@ -154,9 +177,13 @@ def test_component_names_are_no_paths(copy):
 def test_config_bombs(name, file, changes, says, copy):
     folder = copy(name)
     _change(folder / file, **changes)
+
+    def work():
+        with pytest.raises(ModelLoadError, match=says):
+            resolve(str(folder))
+
     start = time.process_time()
-    with pytest.raises(ModelLoadError, match=says):
-        resolve(str(folder))
+    assert measured(work, torch.device("cpu")).memory_mb < 200
     assert time.process_time() - start < 1
 
 
@@ -382,6 +409,43 @@ def test_damaged_files_are_refused(sound, damage):
 @settings(max_examples=200, **COMMON)
 def test_many_damaged_files_are_refused(sound, damage):
     _damage(sound, damage)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "length", "overlap", "dtype", "twice", "endless"])
+def test_damaged_files_take_no_memory(kind, tmp_path):
+    """A header can promise any number; what is read of a file of 24 MB is the header."""
+    file = tmp_path / "a.safetensors"
+    save_file({str(i): torch.zeros(2**20) for i in range(6)}, file)
+    table, body, data = _header(file)
+    if kind == "endless":
+        # No byte of it is in the file, and torch cannot count so far.
+        table["0"]["shape"], table["0"]["data_offsets"] = [0, 2**63], [0, 0]
+        table = {"0": table["0"]} | {k: v for k, v in table.items() if k != "0"}
+        first = body[2**22 :]
+        for name in table:
+            if name != "0":
+                table[name]["data_offsets"] = [end - 2**22 for end in table[name]["data_offsets"]]
+        file.write_bytes(_pack(json.dumps(table).encode(), first))
+    else:
+        file.write_bytes(_damaged(file, kind, 4))
+
+    def work():
+        with pytest.raises(ModelLoadError):
+            check_safetensors(file)
+
+    assert measured(work, torch.device("cpu")).memory_mb < 2 * len(data) / 2**20
+
+
+def test_headers_are_not_parsed_at_any_length(tmp_path):
+    file = tmp_path / "a.safetensors"
+    text = b'{"__metadata__": {' + b",".join(b'"%d": "x"' % i for i in range(1_200_000)) + b"}}"
+    file.write_bytes(_pack(text, b""))
+
+    def work():
+        with pytest.raises(ModelLoadError, match="claims a header of"):
+            check_safetensors(file)
+
+    assert measured(work, torch.device("cpu")).memory_mb < 50
 
 
 def test_headers_give_names_and_shapes(sound):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mmattn.batch.limits import check_picture, text_problem
-from mmattn.errors import ConfigError, suggest
+from mmattn.errors import ConfigError, MmattnError, suggest
 
 KINDS: dict[str, str] = {"image": "t2i", "video": "t2v", "imageset": "t2i", "caption": "vlm"}
 """What a row can ask for, and the kind of model that serves it."""
 
-PROMPT_CHARS = 10_000
+PROMPT_CHARS = METHOD_CHARS = 10_000
+METHODS = 256
 AREA, VOLUME = 2**26, 2**30
 """Most pixels of a picture, and of all frames of a clip."""
 
@@ -167,11 +168,12 @@ def check_cells(
 
 
 def _picture(text: str, key: str, folder: Path, problems: list[str]) -> str:
-    path = (folder / Path(text).expanduser()).absolute()
     try:
+        path = (folder / Path(text).expanduser()).absolute()
         check_picture(path)
-    except ConfigError as error:
+    except (ConfigError, RuntimeError) as error:  # the latter: the home of an unknown user
         problems.append(f"{key}: {error}")
+        return text
     return str(path)
 
 
@@ -219,14 +221,26 @@ def methods_of(value: Any) -> tuple[tuple[dict[str, Any], ...], str]:
         return (), "dense"
     tables: list[dict[str, Any]] = []
     labels = []
-    for part in value if isinstance(value, list) else [value]:
-        if isinstance(part, dict):
-            part = json.dumps(part)
-        if not isinstance(part, str) or not part.strip():
+    parts = value if isinstance(value, list) else [value]
+    if len(parts) > METHODS:
+        raise ConfigError(f"method is a list of {len(parts)}; {METHODS} is the limit")
+    for part in parts:
+        if not isinstance(part, (str, dict)) or not part or str(part).isspace():
             raise ConfigError(
                 f"method must be text, a table or a list of those, found {_shown(part)}"
             )
-        texts, label = _parsed(part.strip())
+        try:
+            text = part.strip() if isinstance(part, str) else json.dumps(part)
+            if len(text) > METHOD_CHARS:
+                raise ConfigError(
+                    f"method has {len(text):,} characters; {METHOD_CHARS:,} is the limit"
+                )
+            texts, label = _parsed(text)
+        except MmattnError:
+            raise
+        except (ValueError, TypeError, OSError, RecursionError) as error:
+            # JSON that is none, a type that JSON does not have, a path that cannot be.
+            raise ConfigError(f"method {_shown(part)} cannot be read: {error}") from error
         tables += [json.loads(text) for text in texts]
         labels.append(label)
     return tuple(tables), " + ".join(labels)

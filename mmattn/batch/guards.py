@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mmattn.batch.items import sentence
 from mmattn.errors import MmattnError
 
 _MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -99,3 +100,18 @@ def tiled_decoding(pipe: Any) -> Iterator[bool]:
     finally:
         for what in changed:
             getattr(vae, f"disable_{what}")()
+
+
+def offload(pipe: Any, device: torch.device) -> str | None:
+    """Keep the models of a pipeline in main memory, and on the device only the one that runs, from now on.
+
+    What is drawn stays the same; the models take turns, so the largest of them has to fit and not their sum.
+
+    Returns:
+        Why that cannot be done, or None.
+    """
+    try:
+        pipe.enable_model_cpu_offload(device=device)
+    except Exception as error:
+        return sentence(error)
+    return None

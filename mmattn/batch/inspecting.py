@@ -13,6 +13,8 @@ from mmattn.errors import ConfigError
 
 CHUNK = 64 * 1024
 """Most bytes of one text, compressed or not."""
+TEXTS = 16 * CHUNK
+"""Most characters of all texts of a file together."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHUNKS, _BOXES = 10_000, 1_000
@@ -56,9 +58,12 @@ def inspect_file(path: Path) -> dict[str, Any]:
         found["mmattn"] = _table(meta, path)
     elif sidecar.is_file() and kind != "png":
         table = _table(_small(sidecar), sidecar)
-        found["mmattn"] = table.get("mmattn", {}) if kind == "json" else table
         if kind == "json":
             found["answer"] = table.get("answer")
+            table = table.get("mmattn", {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{path}: its metadata is no table")
+        found["mmattn"] = table
     return found
 
 
@@ -84,6 +89,7 @@ def _small(path: Path) -> str:
 def _png_texts(stream: BinaryIO, path: Path) -> dict[str, str]:
     stream.seek(len(_PNG))
     texts: dict[str, str] = {}
+    kept = 0
     for _ in range(_CHUNKS):
         head = stream.read(8)
         if len(head) < 8:
@@ -100,6 +106,9 @@ def _png_texts(stream: BinaryIO, path: Path) -> dict[str, str]:
         if check != struct.pack(">I", zlib.crc32(name + data)):
             raise ConfigError(f"{path}: a text is damaged (checksum)")
         key, text = _png_text(name, data, path)
+        kept += len(key) + len(text)
+        if kept > TEXTS:
+            raise ConfigError(f"{path}: more than {TEXTS} characters of text")
         texts.setdefault(key, text)
     raise ConfigError(f"{path} has more than {_CHUNKS} chunks")
 
@@ -139,9 +148,9 @@ def _mp4_comment(stream: BinaryIO, path: Path) -> dict[str, str]:
             if found is None:
                 return {}
             start, stop = found[0] + 8, found[1]  # type and locale of the value
-            if stop - start > CHUNK:
+            if not 0 <= stop - start <= CHUNK:
                 raise ConfigError(
-                    f"{path}: a comment of {stop - start} bytes; {CHUNK} is the limit"
+                    f"{path}: a comment of {stop - start} bytes; 0 to {CHUNK} are the limits"
                 )
             stream.seek(start)
             return {"comment": stream.read(stop - start).decode("utf-8", errors="replace")}

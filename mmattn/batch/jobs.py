@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from mmattn.batch.cells import (
     methods_of,
 )
 from mmattn.batch.items import Item, canonical, expand, hashed, portable
-from mmattn.batch.limits import safe_stem
+from mmattn.batch.limits import parse_json, safe_stem, sha256_of
 from mmattn.batch.rows import Row, read_rows
 from mmattn.errors import ConfigError, MmattnError
 
@@ -29,15 +28,26 @@ _TABLES = ("panels", "method")
 
 
 class BadRows(ConfigError):  # noqa: N818  (reads as what it is)
-    """Rows of a job file cannot be run. The message lists up to twenty of them by line."""
+    """Rows cannot be run. The message lists up to twenty of them, by line or by file.
 
-    def __init__(self, path: Path, problems: list[tuple[int, str]], count: int) -> None:
-        self.problems = problems
-        lines = [f"line {number}: {text}" for number, text in problems]
+    Args:
+        name: what was read.
+        problems: rows with what is wrong.
+        count: how many there are.
+        what: a row or a file.
+    """
+
+    def __init__(
+        self, name: str, problems: list[tuple[Row, str]], count: int, what: str = "row"
+    ) -> None:
+        self.problems = [(row.line, text) for row, text in problems]
+        lines = [
+            text if text.startswith(row.where) else f"{row.where}: {text}" for row, text in problems
+        ]
         if count > len(problems):
             lines.append(f"and {count - len(problems)} more")
-        rows = "1 row" if count == 1 else f"{count} rows"
-        super().__init__(f"{path}: {rows} cannot be run\n" + "\n".join(lines))
+        rows = f"1 {what}" if count == 1 else f"{count} {what}s"
+        super().__init__(f"{name}: {rows} cannot be run\n" + "\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,10 @@ class Shard:
 
 @dataclass
 class Found:
-    """What checking saw: rows, items by kind, and the hash of the file."""
+    """What checking saw: rows, items by kind, the hash of the file, and files that were left out."""
 
     rows: int = 0
+    skipped: int = 0
     items: dict[str, int] = field(default_factory=dict)
     sha256: str = ""
 
@@ -80,7 +91,13 @@ class Jobs:
         kinds: the kinds that the models at hand can serve, and which of their models is embedded.
         default_kind: kind of rows whose keys do not tell.
         allow_extra: take no offence at unknown keys.
+
+    Attributes:
+        name: what is read, for people.
+        what: what one row of it is.
     """
+
+    what = "row"
 
     def __init__(
         self,
@@ -91,7 +108,7 @@ class Jobs:
         default_kind: str = "image",
         allow_extra: bool = False,
     ) -> None:
-        self.path = path
+        self.path, self.name = path, str(path)
         self.defaults = dict(defaults or {})
         self.kinds = dict.fromkeys(KINDS, True) if kinds is None else dict(kinds)
         self.default_kind, self.allow_extra = default_kind, allow_extra
@@ -110,11 +127,11 @@ class Jobs:
             ConfigError: when the file cannot be read at all, or has no rows.
         """
         found = Found()
-        problems: list[tuple[int, str]] = []
+        problems: list[tuple[Row, str]] = []
         bad = 0
         names: set[int] = set()
         contents: set[int] = set()
-        for row in read_rows(self.path):
+        for row in self._read():
             found.rows += 1
             try:
                 cells, kind = self._cells(row)
@@ -123,15 +140,14 @@ class Jobs:
             except MmattnError as error:
                 bad += 1
                 if len(problems) < SHOWN:
-                    problems.append((row.line, " ".join(str(error).split())))
+                    problems.append((row, " ".join(str(error).split())))
                 continue
             found.items[kind] = found.items.get(kind, 0) + cells.get("n", 1)
         if bad:
-            raise BadRows(self.path, problems, bad)
+            raise BadRows(self.name, problems, bad, self.what)
         if not found.rows:
-            raise ConfigError(f"{self.path} has no rows")
-        with self.path.open("rb") as stream:
-            found.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            raise ConfigError(f"{self.name} has no {self.what}s")
+        found.sha256 = self._sha256()
         return found
 
     def items(self, fingerprints: Mapping[str, str], shard: Shard | None = None) -> Iterator[Item]:
@@ -146,12 +162,12 @@ class Jobs:
         """
         seen: dict[bytes, int] = {}
         places: dict[int, int] = {}
-        for row in read_rows(self.path):
+        for row in self._read():
             try:
                 cells, kind = self._cells(row)
             except MmattnError as error:
                 raise ConfigError(
-                    f"{self.path} changed while it was read (line {row.line}: {error}); start again"
+                    f"{self.name} changed while it was read ({row.where}: {error}); start again"
                 ) from error
             repeat = 0
             if "id" not in cells:
@@ -167,6 +183,12 @@ class Jobs:
                         continue
                 yield item
 
+    def _read(self) -> Iterator[Row]:
+        return read_rows(self.path)
+
+    def _sha256(self) -> str:
+        return sha256_of(self.path)
+
     def _cells(self, row: Row) -> tuple[dict[str, Any], str]:
         if row.problem is not None:
             raise ConfigError(row.problem)
@@ -181,21 +203,25 @@ class Jobs:
                 f"no model here makes {kind}s; name one with --model, or leave --model out for the "
                 "embedded ones"
             )
-        own = check_cells(cells, kind, self.path.parent, allow_extra=self.allow_extra)
         presets = {k: v for k, v in self.defaults.items() if k in CELLS and kind in CELLS[k][0]}
+        whole = self._whole(row, cells, kind, presets)
+        complete(whole, kind)
+        return whole, kind
+
+    def _whole(
+        self, row: Row, cells: Mapping[str, Any], kind: str, presets: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        own = check_cells(cells, kind, self.path.parent, allow_extra=self.allow_extra)
         base = dict(DEFAULTS[kind])
         if kind == "caption" and not self.kinds[kind]:
             base["prompt"] = "Describe the picture."
-        whole = {**base, **presets, **own}
-        complete(whole, kind)
-        return whole, kind
+        return {**base, **presets, **own}
 
     def _content(self, cells: Mapping[str, Any], kind: str) -> bytes:
         """A row without an id, as far as it tells it from others."""
         methods = methods_of(cells.get("method"))[0]
-        text = canonical(
-            [kind, portable(hashed(cells)), methods, cells.get("seed"), cells.get("n")]
-        )
+        # Without n: the first of two items is named like the first of three.
+        text = canonical([kind, portable(hashed(cells)), methods, cells.get("seed")])
         return hashlib.sha256(text.encode()).digest()[:16]
 
     def _unique(
@@ -211,10 +237,10 @@ class Jobs:
         count = cells.get("n", 1)
         for k in range(count):
             name_k = cells["id"] if count == 1 else f"{cells['id']}-{k}"
-            stem = hashlib.sha256(f"{kind}/{safe_stem(name_k)}".encode()).digest()[:8]
+            stem = hashlib.sha256(safe_stem(name_k).encode()).digest()[:8]
             small = int.from_bytes(stem, "big")
             if small in names:
-                raise ConfigError(f"the id {name_k!r} is taken by a row above")
+                raise ConfigError(f"the id {name_k!r} is taken by a {self.what} above")
             names.add(small)
 
 
@@ -233,7 +259,7 @@ def _typed(cells: Mapping[str, Any]) -> dict[str, Any]:
                     value = text
         elif key in _TABLES and text.lstrip()[:1] in ("[", "{"):
             try:
-                value = json.loads(text)
+                value = parse_json(text)
             except ValueError as error:
                 raise ConfigError(f"{key} is not valid JSON: {error}") from error
         typed[key] = value

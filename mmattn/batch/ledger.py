@@ -8,12 +8,9 @@ record with the highest number counts, whatever the clocks of the machines say.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import socket
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +20,9 @@ from typing import Any, NamedTuple, Self
 from mmattn.batch.items import Item
 from mmattn.batch.jobs import Shard
 from mmattn.batch.limits import sha256_of
-from mmattn.batch.writers import put
-from mmattn.errors import ConflictError, MmattnError
+from mmattn.batch.locks import Locks
+from mmattn.batch.writers import make_folder, put, sync
+from mmattn.errors import MmattnError
 
 RECORD_BYTES = 4096
 """Most bytes of a record: up to here an append is one piece on every file system."""
@@ -89,12 +87,17 @@ class Record:
         """The record as one line of at most `RECORD_BYTES`; long texts are cut, the file has them whole."""
         table = {k: v for k, v in vars(self).items() if v not in (None, [], {})}
         for most in (2000, 500, 100, 20):
-            raw = json.dumps(table, ensure_ascii=False).encode() + b"\n"
+            raw = _raw(table)
             if len(raw) <= RECORD_BYTES:
                 return raw
             table = _cut(table, most)
         table["params"] = {}
-        return json.dumps(table, ensure_ascii=False).encode() + b"\n"
+        return _raw(table)
+
+
+def _raw(table: dict[str, Any]) -> bytes:
+    # A message can quote a file name that is no text.
+    return json.dumps(table, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def _cut(value: Any, most: int) -> Any:
@@ -124,8 +127,18 @@ def manifests(out: Path) -> list[Path]:
     return sorted(out.glob("manifest.jsonl")) + sorted(out.glob("manifest.rank*.jsonl"))
 
 
+_FORM: dict[str, tuple[type, ...]] = {
+    "id": (str,),
+    "status": (str,),
+    "key": (str,),
+    "file": (str, type(None)),
+    "run": (int,),
+    "attempt": (int,),
+}
+
+
 def read_records(out: Path) -> Iterator[dict[str, Any]]:
-    """Every whole record of every manifest in `out`; a torn line is left out."""
+    """Every whole record of every manifest in `out`; torn and damaged lines are left out."""
     for path in manifests(out):
         with path.open("rb") as stream:
             for raw in stream:
@@ -133,28 +146,29 @@ def read_records(out: Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     record = json.loads(raw)
-                    if isinstance(record, dict) and isinstance(record["id"], str):
-                        yield record
-                except (ValueError, KeyError):
+                except (ValueError, RecursionError):
                     continue
+                if isinstance(record, dict) and all(
+                    isinstance(record.get(key), types) for key, types in _FORM.items()
+                ):
+                    yield record
 
 
 def read_last(out: Path) -> dict[str, Last]:
     """The record that counts, by id."""
     last: dict[str, Last] = {}
     for record in read_records(out):
-        run = record.get("run", 0)
         before = last.get(record["id"])
-        if before is not None and (before.run > run or record.get("status") == "skipped"):
+        if before is not None and (before.run > record["run"] or record["status"] == "skipped"):
             continue
         last[record["id"]] = Last(
-            record.get("status", ""),
-            record.get("key", ""),
+            record["status"],
+            record["key"],
             record.get("file"),
             record.get("sha256"),
             record.get("size"),
-            record.get("attempt", 1),
-            run,
+            record["attempt"],
+            record["run"],
         )
     return last
 
@@ -177,19 +191,20 @@ class Ledger:
         self.path = out / name
         self.last: dict[str, Last] = {}
         self.run = 1
-        self._locks: list[int] = []
+        self._locks = Locks(out, shard)
         self._descriptor = -1
 
     def __enter__(self) -> Self:
         with writing(str(self.out)):
-            self.out.mkdir(parents=True, exist_ok=True)
+            make_folder(self.out)
             try:
-                self._lock()
+                self._locks.take()
                 self._sweep()
                 self.last = read_last(self.out)
                 self.run = 1 + max((entry.run for entry in self.last.values()), default=0)
                 flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                 self._descriptor = os.open(self.path, flags, 0o666)
+                sync(self.out)
                 self._drop_torn_line()
             except BaseException:
                 self.close()
@@ -207,52 +222,17 @@ class Ledger:
     def close(self) -> None:
         """Close the file and give the folder free. Calling it twice is fine."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):  # records were synced when they were added
+                os.close(self._descriptor)
             self._descriptor = -1
-        while self._locks:
-            os.close(self._locks.pop())  # closing releases the lock
+        self._locks.release()
 
-    # -- locks and litter -------------------------------------------------------------------------
-
-    def _lock(self) -> None:
-        if self.shard is None:
-            self._take(self.out / ".lock", fcntl.LOCK_EX, {})
-            return
-        # Shards share the folder with each other, but not with a run of everything.
-        self._take(self.out / ".lock", fcntl.LOCK_SH, None)
-        self._take(
-            self.out / f".lock.rank{self.shard.index}", fcntl.LOCK_EX, {"of": self.shard.count}
-        )
-        for path in self.out.glob(".lock.rank*"):
-            holder = _holder(path)
-            if holder.get("of", self.shard.count) != self.shard.count and _is_held(path):
-                raise ConflictError(
-                    f"{self.out} is in use by {_who(holder)} as one of {holder['of']} shards, which "
-                    f"would overlap with shard {self.shard.index}/{self.shard.count}; use the same "
-                    "number of shards everywhere"
-                )
-
-    def _take(self, path: Path, how: int, facts: dict[str, Any] | None) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            held = [rank for rank in self.out.glob(".lock.rank*") if _is_held(rank)]
-            by = held[0] if held and self.shard is None else path
-            raise ConflictError(
-                f"{self.out} is in use by {_who(_holder(by))}. Wait for it, use another --out, or "
-                "give every runner a --shard of its own."
-            ) from None
-        self._locks.append(descriptor)
-        if facts is not None:
-            facts = {"pid": os.getpid(), "host": socket.gethostname(), **facts}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+    # -- litter -----------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
         """Delete temporary files of killed runs; beside other shards only those that are old."""
-        old = time.time() - _STALE_SECONDS
+        # By the clock of the disk, which is the one that dates the files: ours may be off, or jump.
+        old = self._locks.path.stat().st_mtime - _STALE_SECONDS
         for folder, _, names in os.walk(self.out):
             for name in names:
                 if _TEMPORARY.fullmatch(name):
@@ -289,7 +269,7 @@ class Ledger:
             if path.stat().st_size != entry.size:
                 return False
             return verify != "full" or sha256_of(path) == entry.sha256
-        except OSError:
+        except (OSError, ValueError):  # the latter for a name with a NUL
             return False
 
     def changed(self, item: Item) -> bool:
@@ -317,7 +297,7 @@ class Ledger:
         if not records:
             return
         with writing(str(self.path)):
-            size = os.fstat(self._descriptor).st_size
+            size = self._size()
             try:
                 for record in records:
                     record.run = self.run
@@ -340,27 +320,15 @@ class Ledger:
                     record.run,
                 )
 
-
-def _holder(path: Path) -> dict[str, Any]:
-    try:
-        holder = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _who(holder: dict[str, Any]) -> str:
-    if "pid" not in holder:
-        return "another run"
-    return f"process {holder['pid']} on {holder.get('host', 'some host')}"
-
-
-def _is_held(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    def _size(self) -> int:
+        found = os.fstat(self._descriptor)
+        try:
+            same = os.path.samestat(found, self.path.stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            # What goes into a deleted file is lost without an error.
+            raise OutputError(
+                f"{self.path} was deleted or replaced while the run used it, so nothing can be recorded"
+            )
+        return found.st_size

@@ -7,10 +7,11 @@ import json
 import re
 import warnings
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from mmattn.errors import ConfigError
 
@@ -20,12 +21,31 @@ DEPTH = 32
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 PICTURE_PIXELS = 20_000_000
 PICTURE_BYTES = 64 * 2**20
+PICTURE_DAMAGE = (OSError, ValueError, SyntaxError, IndexError, EOFError)
+"""What Pillow raises for damaged files."""
+
+PARTS, SCANS = 20_000, 100
+"""Most chunks of a PNG or segments of a JPEG, and most passes of a JPEG over its pixels."""
+
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""Where a segment of a JPEG begins; the bytes left out are pixels, fill or stand alone."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes an orientation of EXIF."""
 
 _RESERVED = {"CON", "PRN", "AUX", "NUL"} | {f"{d}{n}" for d in ("COM", "LPT") for n in range(1, 10)}
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value of limited depth and without NaN, infinities or keys that come twice.
+    """A JSON value of limited depth and without NaN, infinities, broken text or keys that come twice.
 
     Raises:
         ValueError: with one sentence that says what is wrong.
@@ -41,7 +61,13 @@ def parse_json(text: str) -> Any:
             depth -= 1
     if deepest > DEPTH:
         raise ValueError(f"JSON is nested {deepest} deep; {DEPTH} is the limit")
-    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+    value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it holds half of a surrogate pair, which is no text") from error
+    return value
 
 
 def _no_constant(name: str) -> Any:
@@ -49,11 +75,11 @@ def _no_constant(name: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"the key {key!r} is there twice")
+        table[key] = value
     return table
 
 
@@ -88,7 +114,10 @@ def check_picture(path: Path) -> tuple[int, int]:
     Raises:
         ConfigError: when it is missing, no plain file, too large, or of another format.
     """
-    stat = path.stat() if path.is_file() else None
+    try:
+        stat = path.stat() if path.is_file() else None
+    except OSError as error:  # a name that is too long, a folder that is closed to us
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if stat is None:
         raise ConfigError(f"there is no picture file at {path}")
     return _check_picture(path, stat.st_mtime_ns, stat.st_size)
@@ -112,15 +141,21 @@ def picture_sha256(path: Path) -> str:
 
 
 def _opened(path: Path) -> Image.Image:
-    size = path.stat().st_size
-    if size > PICTURE_BYTES:
-        raise ConfigError(f"{path} has {size} bytes; pictures may have {PICTURE_BYTES}")
+    with path.open("rb") as stream:
+        # One read, so that what was checked is what is decoded.
+        data = stream.read(PICTURE_BYTES + 1)
+    if len(data) > PICTURE_BYTES:
+        raise ConfigError(
+            f"{path} has {path.stat().st_size} bytes; pictures may have {PICTURE_BYTES}"
+        )
+    if problem := slow_to_read(data):
+        raise ConfigError(f"{path} {problem}; save it anew with another program")
     try:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its own limit; ours is below that and checked next.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=PICTURE_FORMATS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = Image.open(BytesIO(data), formats=PICTURE_FORMATS)
+    except (*PICTURE_DAMAGE, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"{path} cannot be read as one of {list(PICTURE_FORMATS)}: {reason}"
@@ -134,6 +169,47 @@ def _opened(path: Path) -> Image.Image:
     return image
 
 
+def slow_to_read(data: bytes) -> str | None:
+    """Why a PNG or JPEG would take minutes however few its pixels are, or None.
+
+    Pillow goes from chunk to chunk in Python, and a progressive JPEG can ask for any number of passes
+    over its pixels with forty bytes each.
+    """
+    place, parts, scans = 8, 0, 0
+    if data.startswith(b"\x89PNG"):
+        while place < len(data) and parts <= PARTS:
+            parts += 1
+            place += 12 + int.from_bytes(data[place : place + 4], "big")
+    elif data.startswith(b"\xff\xd8"):
+        place = 2
+        while (found := _MARKER.search(data, place)) and max(parts / PARTS, scans / SCANS) <= 1:
+            # In front of the pixels, fill is skipped byte by byte.
+            parts += 1 + (0 if scans else found.start() - place)
+            scans += found.group() == b"\xff\xda"
+            place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    if parts > PARTS:
+        return f"is in more than {PARTS:,} parts"
+    return f"asks for more than {SCANS} passes over its pixels" if scans > SCANS else None
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """RGB and nothing else: upright as EXIF says, transparent parts on white, 16 bits scaled to 8."""
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips instead of scaling.
+        plain = image.point(lambda value: value / 257).convert("L").convert("RGB")
+    elif "A" in image.getbands() or "transparency" in image.info:
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
+        plain = Image.new("RGB", layer.size, "white")
+        plain.paste(layer, mask=layer)
+    else:
+        plain = image.convert("RGB")
+    if turn is not None:
+        plain = plain.transpose(turn)
+    plain.info = {}
+    return plain
+
+
 def open_picture(path: Path) -> Image.Image:
     """A picture as plain RGB: first frame, upright, transparent parts on white, no profile or EXIF.
 
@@ -141,19 +217,11 @@ def open_picture(path: Path) -> Image.Image:
         ConfigError: as for `check_picture`, and when the pixels are damaged.
     """
     check_picture(path)
-    try:
-        with _opened(path) as image:
+    with _opened(path) as image:
+        try:
             image.seek(0)
-            upright = ImageOps.exif_transpose(image)
-            if "A" in upright.getbands() or "transparency" in upright.info:
-                paper = Image.new("RGBA", upright.size, (255, 255, 255, 255))
-                upright = Image.alpha_composite(paper, upright.convert("RGBA"))
-            elif upright.mode.startswith("I"):
-                # 16 bits: Pillow's own conversion clips instead of scaling.
-                upright = upright.point(lambda value: value / 257).convert("L")
-            plain = Image.new("RGB", upright.size)
-            plain.paste(upright.convert("RGB"))
-            return plain
-    except (OSError, ValueError, SyntaxError, IndexError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path} is damaged: {reason}") from error
+            image.load()
+            return flat(image)
+        except PICTURE_DAMAGE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"{path} is damaged: {reason}") from error

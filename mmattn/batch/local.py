@@ -180,6 +180,11 @@ class Run:
     watch: Watch = lambda summary: None
     summary: Summary = field(default_factory=Summary)
 
+    @property
+    def killed(self) -> bool:
+        """Whether other processes had to be killed, so that this one had better end at once."""
+        return False
+
     def __call__(self) -> Summary:
         """Make what is not there yet.
 

@@ -66,7 +66,12 @@ class Made:
 
 
 def make(
-    loaded: Loaded, items: Sequence[Item], session: Session | None, *, tiled: bool = False
+    loaded: Loaded,
+    items: Sequence[Item],
+    session: Session | None,
+    device: torch.device,
+    *,
+    tiled: bool = False,
 ) -> Made:
     """Make `items` in one call.
 
@@ -74,9 +79,9 @@ def make(
         loaded: the model that serves them.
         items: of one group.
         session: what is attached, for its numbers.
+        device: where the model runs; one that is offloaded says that it is elsewhere.
         tiled: decode in tiles, to save memory.
     """
-    device = torch.device(getattr(loaded.target, "device", "cpu"))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if items[0].kind == "caption":
@@ -129,10 +134,15 @@ def _draw(loaded: Loaded, items: Sequence[Item], guard: Guard) -> torch.Tensor:
     extra: dict[str, Any] = {
         name: params.get(name) for name in ("width", "height", "num_frames", "strength")
     }
+    known = inspect.signature(type(loaded.target).__call__).parameters
     if "init_image" in params:
         pictures = [open_picture(Path(item.params["init_image"])) for item in items]
+        if "width" not in known:
+            # Such pipelines draw at the size of the picture they start from.
+            wide, high = extra.pop("width"), extra.pop("height")
+            pictures = [p.resize((wide or p.width, high or p.height)) for p in pictures]
         extra["image"] = pictures if items[0].kind == "image" else pictures[0]
-    if "callback_on_step_end" in inspect.signature(type(loaded.target).__call__).parameters:
+    if "callback_on_step_end" in known:
         extra["callback_on_step_end"] = guard
         extra["callback_on_step_end_tensor_inputs"] = ["latents"]
     return draw(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmattn.batch.cells import KINDS
-from mmattn.batch.items import digest
+from mmattn.batch.items import digest, sentence
 from mmattn.batch.limits import sha256_of
-from mmattn.errors import ConfigError, suggest
+from mmattn.errors import ConfigError, ModelLoadError, suggest
 from mmattn.mini import manifest
 
 if TYPE_CHECKING:
@@ -136,6 +136,9 @@ class Models:
     Args:
         sources: by kind of row.
         load: makes a model from a source; tests replace it.
+
+    Attributes:
+        offloaded: the sources whose models wait in main memory for their turn.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class Models:
         self.sources = dict(sources)
         self._load = load
         self._loaded: dict[tuple[Source, bool], Loaded] = {}
+        self.offloaded: set[Source] = set()
 
     @staticmethod
     def named(
@@ -214,7 +218,7 @@ class Models:
         source = self.sources[kind]
         loaded = self._loaded.get((source, False))
         if loaded is None:
-            loaded = self._loaded[source, False] = self._load(source)
+            loaded = self._loaded[source, False] = self._fitting(kind, source)
         if not from_image:
             return loaded
         known = inspect.signature(type(loaded.target).__call__).parameters
@@ -223,6 +227,60 @@ class Models:
         if (source, True) not in self._loaded:
             self._loaded[source, True] = _from_image(loaded, kind)
         return self._loaded[source, True]
+
+    def _fitting(self, kind: str, source: Source) -> Loaded:
+        from mmattn.batch.guards import free_memory, is_memory
+
+        try:
+            return self._load(source)
+        except Exception as error:
+            if not is_memory(error):
+                raise
+            too_large = error.with_traceback(None)
+        free_memory()
+        if self.offload(kind) is not None:
+            raise too_large
+        return self._loaded[source, False]
+
+    def offload(self, kind: str) -> str | None:
+        """Keep the parts of a pipeline in main memory, and on its device only the one that runs.
+
+        It stays so: to undo it takes the memory that was short. A pipeline that did not fit when it was
+        loaded is loaded into main memory.
+
+        Args:
+            kind: of the rows that it serves.
+
+        Returns:
+            Why that cannot be done, or None.
+
+        Raises:
+            ModelLoadError: when the pipeline cannot be loaded.
+        """
+        import torch
+
+        from mmattn.batch.guards import offload
+
+        source = self.sources[kind]
+        device = torch.device(source.device)
+        if device.type == "cpu":
+            return "the model runs in main memory already"
+        if source.kind not in ("t2i", "t2v"):
+            return "only pipelines of diffusers can be"
+        loaded = self._loaded.get((source, False))
+        if loaded is None:
+            try:
+                loaded = self._load(replace(source, device="cpu"))
+            except ModelLoadError:
+                raise
+            except Exception as error:
+                return sentence(error)
+        reason = offload(loaded.target, device)
+        if reason is None:
+            # Another form of the pipeline shares its parts, and with them the hooks that move them.
+            self._loaded[source, False] = loaded
+            self.offloaded.add(source)
+        return reason
 
 
 def _from_image(loaded: Loaded, kind: str) -> Loaded:

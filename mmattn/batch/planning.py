@@ -71,7 +71,7 @@ def describe_run(
         "argv": [os.path.basename(argv[0]), *argv[1:]] if argv else [],
         "mmattn": __version__,
         "commit": commit_of(Path(__file__).resolve().parents[2]),
-        "jobs": {"file": str(jobs.path), "sha256": found.sha256, "rows": found.rows},
+        "jobs": {"file": jobs.name, "sha256": found.sha256, "rows": found.rows},
         "items": found.items,
         "defaults": jobs.defaults,
         "shard": None if shard is None else f"{shard.index}/{shard.count}",
@@ -84,7 +84,7 @@ def describe_run(
     }
     path = out / ("run.json" if shard is None else f"run.rank{shard.index}.json")
     try:
-        runs = json.loads(path.read_text("utf-8"))["runs"]
+        runs = list(json.loads(path.read_text("utf-8"))["runs"])
     except (OSError, ValueError, KeyError, TypeError):
         runs = []
     with writing(str(path)):

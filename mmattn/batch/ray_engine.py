@@ -11,112 +11,33 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import itertools
 import json
 import logging
 import os
+import queue
 import secrets
-import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from mmattn.batch.items import Item, sentence
-from mmattn.batch.ledger import OutputError, Record, writing
+from mmattn.batch.ledger import OutputError, Record
 from mmattn.batch.local import Run, Summary, parts
-from mmattn.batch.models import Models
-from mmattn.batch.worker import Options, Worker
-from mmattn.errors import ConfigError, MissingExtraError, ModelLoadError
+from mmattn.batch.ray_actor import Actor, Notes, lost
+from mmattn.batch.ray_cluster import Cluster, RayLostError, require
+from mmattn.errors import ModelLoadError
 
 ROUND = 4096
 """Most parts handed to one pool of actors. A longer job takes several pools and so little memory."""
 
-TRIES = 3
-"""How often a part is begun by a process that dies over it, before its items are tried one by one."""
-
-_STORE_BYTES = 128 * 2**20  # records are small
 _POLL_SECONDS = 0.2
-
-
-def require(device: str = "cpu") -> None:
-    """Check what the engine needs.
-
-    Raises:
-        MissingExtraError: without ray.
-        ConfigError: for a device with a number; Ray gives every actor a GPU of its own.
-    """
-    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("pyarrow") is None:
-        raise MissingExtraError("The ray engine of mmattn batch", "ray[data]", "ray")
-    if device.startswith("cuda:"):
-        raise ConfigError(
-            f"the ray engine gives every actor a GPU of its own, and the device is {device}; say --device "
-            "cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
-        )
-
-
-@contextlib.contextmanager
-def cluster(actors: int | None, device: str) -> Iterator[int]:
-    """Ray on this machine, or the cluster the caller is connected to; yields how many actors to start.
-
-    Args:
-        actors: wanted, or None for one per GPU, or per CPU core without GPUs in use.
-        device: where models run.
-    """
-    ray: Any = importlib.import_module("ray")
-    ours = not ray.is_initialized()
-    on_gpu = device == "cuda"
-    if ours:
-        _start(ray, max(actors or 1, os.cpu_count() or 1))
-    try:
-        there = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0))
-        if there < (actors or 1):
-            raise ConfigError(
-                f"{actors or 1} actors were asked for, and Ray sees {there} "
-                f"{'GPUs' if on_gpu else 'CPU cores'}; ask for fewer with --actors"
-            )
-        yield actors or there
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _start(ray: Any, cores: int) -> None:
-    # Without it Ray puts this machine's own address in place of a loopback address. It is read at import,
-    # here and in the processes that Ray starts.
-    constants: Any = importlib.import_module("ray._private.ray_constants")
-    before = constants.ENABLE_RAY_CLUSTER
-    own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment = {name: os.environ.get(name) for name in own}
-    # Ray takes SIGTERM for itself; the run has its own way to end.
-    heard = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        constants.ENABLE_RAY_CLUSTER = False
-        os.environ.update(own)
-        ray.init(
-            address="local",  # whatever RAY_ADDRESS says
-            num_cpus=cores,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    finally:
-        constants.ENABLE_RAY_CLUSTER = before
-        for name, value in environment.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        for number, handler in heard.items():
-            signal.signal(number, handler)
-    address = ray.util.get_node_ip_address()
-    if not address.startswith("127."):
-        ray.shutdown()
-        raise ConfigError(
-            f"Ray listens on {address} and not on the loopback interface alone, where its jobs would be "
-            "open to the network; use another release of Ray, or connect to a cluster of your own first"
-        )
+_PATIENCE_SECONDS = 3.0
+_LOST = "the processes of Ray have ended"
 
 
 @dataclass
@@ -132,8 +53,8 @@ class RayRun(Run):
     actors: int | None = None
     threads: int = 1
     deterministic: bool = False
-    _size: int = field(default=0, init=False)
     _notes: Notes = field(init=False)
+    _cluster: Cluster | None = field(default=None, init=False)
     _opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     def __call__(self) -> Summary:
@@ -150,8 +71,17 @@ class RayRun(Run):
         try:
             with contextlib.ExitStack() as self._opened:
                 return super().__call__()
+        except RayLostError as error:
+            # A signal to all processes of a job ends Ray too, and there is nobody to finish anything.
+            self.summary.stopped = self.stop.reason or sentence(error)
+            return self.summary
         finally:
             self._notes.clear()
+
+    @property
+    def killed(self) -> bool:
+        """Whether Ray had to be killed; Python would wait for it at its end."""
+        return self._cluster is not None and self._cluster.killed
 
     @property
     def _device(self) -> str:
@@ -170,30 +100,34 @@ class RayRun(Run):
     def _pool(
         self, chosen: Sequence[list[Item]], failed: dict[str, Item], summary: Summary
     ) -> None:
-        if not self._size:
+        if self._cluster is None:
             # Only now: a run with nothing left to make starts no processes.
-            self._size = self._opened.enter_context(cluster(self.actors, self._device))
+            self._cluster = Cluster(self.actors, self._device)
+            self._opened.enter_context(self._cluster)
         waiting = dict(enumerate(chosen))
-        watching = threading.Event()
-        watcher = threading.Thread(target=self._pass_on_signals, args=(watching,), daemon=True)
-        watcher.start()
-        try:
-            for row in self._results(chosen):
-                answer = json.loads(row["answer"])
-                if "stop" in answer:
-                    self._notes.stop()
-                    raise _STOPS[answer["stop"]](answer["message"])
-                part = waiting.pop(int(row["part"]))
-                records = [Record(**record) for record in answer["records"]]
-                self._take(part, records, failed, summary)
+        with Feed(self._results(chosen), self._cluster, self.stop) as feed:
+            for row in feed:
+                if row is not None:
+                    number, records = self._read(row)
+                    self._take(waiting.pop(number), records, failed, summary)
+                    self._notes.end(str(number))
                 if self._should_stop(failed, summary):
-                    self._notes.stop()  # what is left comes back as skipped
-        finally:
-            watching.set()
-            watcher.join()
+                    self._notes.stop()
+                    if not self._cluster.any_runs(self._notes.running()):
+                        return
+                if self._cluster.lost:
+                    raise RayLostError(_LOST)
         text = "Ray came back without an answer; its logs are in the folder of its session (ray_temp_dir)"
-        for part in waiting.values():
-            self._take(part, [_failed(item, "NoAnswer", text) for item in part], failed, summary)
+        for number, part in waiting.items():
+            self._take(part, [lost(item, "NoAnswer", text) for item in part], failed, summary)
+            self._notes.end(str(number))
+
+    def _read(self, row: dict[str, Any]) -> tuple[int, list[Record]]:
+        answer = json.loads(row["answer"])
+        if "stop" in answer:
+            self._notes.stop()
+            raise _STOPS[answer["stop"]](answer["message"])
+        return int(row["part"]), [Record(**record) for record in answer["records"]]
 
     def _take(
         self,
@@ -206,13 +140,8 @@ class RayRun(Run):
         self._count(part, records, failed, summary)
         self.watch(summary)
 
-    def _pass_on_signals(self, done: threading.Event) -> None:
-        while not done.wait(_POLL_SECONDS):
-            if self.stop():
-                self._notes.stop()
-                return
-
     def _results(self, chosen: Sequence[list[Item]]) -> Iterator[dict[str, Any]]:
+        assert self._cluster is not None
         data: Any = importlib.import_module("ray.data")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = data.DataContext.get_current()
@@ -235,7 +164,7 @@ class RayRun(Run):
             },
             batch_size=1,
             compute=data.ActorPoolStrategy(
-                size=min(self._size, len(rows)), max_tasks_in_flight_per_actor=2
+                size=min(self._cluster.size, len(rows)), max_tasks_in_flight_per_actor=2
             ),
             num_cpus=1,
             num_gpus=1 if self._device == "cuda" else None,
@@ -247,118 +176,68 @@ class RayRun(Run):
 _STOPS = {"OutputError": OutputError, "ModelLoadError": ModelLoadError}
 
 
-def _failed(item: Item, kind: str, text: str) -> Record:
-    record = Record(
-        item.id,
-        "failed",
-        item.key,
-        seed=item.seed,
-        kind=item.kind,
-        row=item.row,
-        params=item.params,
-        method=item.label,
-    )
-    record.error = {"class": kind, "message": text}
-    return record
+class Feed:
+    """Rows that another thread takes out of Ray, so that this one never waits where no signal is heard.
 
-
-@dataclass(frozen=True)
-class Notes:
-    """Small files through which the processes of a run hear of each other.
+    A context manager, and an iterator that gives None where nothing has come for a while.
 
     Args:
-        folder: one that all of them see.
-        run: tells this run from others, ``<digits>.<name>``.
+        rows: what actors answer.
+        cluster: where they run.
+        stop: tells when a signal came. Then there is little patience with Ray.
     """
 
-    folder: Path
-    run: str
-
-    def stop(self) -> None:
-        """Ask every actor to come to an end."""
-        self._path("stop").touch()
-
-    def stopped(self) -> bool:
-        """Whether they were asked."""
-        return self._path("stop").exists()
-
-    def tries(self, name: str) -> int:
-        """How often `name` was begun and not ended."""
-        try:
-            return self._path(name).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def begin(self, name: str) -> None:
-        """Count one more try."""
-        with self._path(name).open("ab") as stream:
-            stream.write(b".")
-
-    def end(self, name: str) -> None:
-        """Forget the tries."""
-        self._path(name).unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Delete the notes."""
-        for path in self.folder.glob(f".ray-*.{self.run}.tmp"):
-            path.unlink(missing_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f".ray-{name}.{self.run}.tmp"
-
-
-class Actor:
-    """One process of the pool: a `Worker`, fed with one part at a time."""
-
     def __init__(
-        self,
-        models: Models,
-        options: Options,
-        notes: Notes,
-        folder: Path,
-        threads: int,
-        deterministic: bool,
+        self, rows: Iterator[dict[str, Any]], cluster: Cluster, stop: Callable[[], bool]
     ) -> None:
-        import torch
+        self._cluster, self._stop = cluster, stop
+        self._arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = (
+            queue.SimpleQueue()
+        )
+        self._enough = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(rows,), daemon=True)
 
-        os.chdir(folder)  # paths of models and pictures may be relative
-        torch.set_num_threads(threads)
-        if deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        self.worker = Worker(models, options, stopping=notes.stopped)
-        self.notes = notes
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Make one part.
-
-        Args:
-            batch: ``part``, its number, and ``items``, a JSON list; one row.
-
-        Returns:
-            ``part`` and ``answer``, a JSON object: ``records``, or ``stop`` where no part can be made.
-        """
-        items = [_item(table) for table in json.loads(str(batch["items"][0]))]
-        answer: dict[str, Any]
+    def _run(self, rows: Iterator[dict[str, Any]]) -> None:
+        end = None
         try:
-            with writing(str(self.worker.options.out)):
-                records = self._make(items, str(batch["part"][0]))
-            answer = {"records": [vars(record) for record in records]}
-        except (OutputError, ModelLoadError) as error:
-            answer = {"stop": type(error).__name__, "message": sentence(error)}
-        return {"part": [int(batch["part"][0])], "answer": [json.dumps(answer)]}
+            for row in rows:
+                self._arrived.put(row)
+                if self._enough.is_set():
+                    break
+        except BaseException as error:
+            end = error
+        self._arrived.put(end)
 
-    def _make(self, items: Sequence[Item], name: str) -> list[Record]:
-        # Ray begins a part again, without end, when its process dies; what waits in line is innocent.
-        if self.notes.tries(name) < TRIES:
-            self.notes.begin(name)
-            records = self.worker.run(items)
-            self.notes.end(name)
-            return records
-        if len(items) > 1:
-            return [r for k, item in enumerate(items) for r in self._make([item], f"{name}-{k}")]
-        text = f"the process that made it died {TRIES} times; too little memory is one cause"
-        return [_failed(items[0], "ActorDied", text)]
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
 
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        while True:
+            try:
+                row = self._arrived.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if row is None:
+                return
+            if isinstance(row, BaseException):
+                raise row
+            yield row
 
-def _item(table: dict[str, Any]) -> Item:
-    return Item(**{**table, "methods": tuple(table["methods"])})
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._enough.set()
+        if isinstance(error, (KeyboardInterrupt, RayLostError)):
+            return
+        # Ray must not be ended under a thread that is inside it.
+        start = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(_POLL_SECONDS)
+            late = self._stop() and time.monotonic() - start > _PATIENCE_SECONDS
+            if error is None and (late or self._cluster.lost):
+                raise RayLostError(_LOST)

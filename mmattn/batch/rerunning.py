@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmattn.batch.cells import KINDS, check_cells, complete, methods_of
+from mmattn.batch.cells import KINDS, check_cells, complete
 from mmattn.batch.inspecting import inspect_file
-from mmattn.batch.items import Item, hashed
+from mmattn.batch.items import Item, expand
+from mmattn.batch.metadata import cells_of, pictures_of
 from mmattn.batch.models import Models
-from mmattn.batch.worker import SCHEMA, Options, Worker
+from mmattn.batch.worker import Options, Worker
 from mmattn.errors import ConfigError
 from mmattn.mini.manifest import NAMES
 
-_FACTS = frozenset(
-    {"schema", "mmattn", "id", "kind", "seed", "model", "fingerprint", "device", "dtype", "torch"}
-    | {"methods", "method", "size", "notes"}
-)
 _TYPES = ("float32", "float16", "bfloat16")
 
 
@@ -27,37 +24,15 @@ def item_of(meta: dict[str, Any], path: Path) -> Item:
         ConfigError: when the metadata is not of a batch, is incomplete, or names a picture that is not
             there or has changed.
     """
-    if meta.get("schema") != SCHEMA:
-        raise ConfigError(
-            f"{path} does not carry the metadata of mmattn batch (schema {SCHEMA}), so it cannot be made "
-            "again from the file alone"
-        )
-    forms = {"id": str, "kind": str, "seed": int, "fingerprint": str, "methods": list}
-    for key, form in forms.items():
-        if not isinstance(meta.get(key), form):
-            raise ConfigError(f"{path}: {key} is missing from its metadata, or of the wrong type")
-    kind = meta["kind"]
-    if kind not in KINDS:
-        raise ConfigError(f"{path}: its metadata names the unknown kind {kind!r}")
-    said = {k: v for k, v in meta.items() if k not in _FACTS}
-    cells = {k: v for k, v in said.items() if not k.endswith("_sha256")}
-    if isinstance(cells.get("panels"), list):
-        cells["panels"] = [
-            {k: v for k, v in panel.items() if k != "image_sha256"}
-            if isinstance(panel, dict)
-            else panel
-            for panel in cells["panels"]
-        ]
     try:
-        cells = check_cells(cells, kind, path.parent)
-        complete(cells, kind)
-        methods, label = methods_of(meta["methods"] or None)
+        cells = check_cells(cells_of(meta), meta["kind"], path.parent)
+        complete(cells, meta["kind"])
+        (item,) = expand(cells, meta["kind"], meta["fingerprint"], row=0)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    params = hashed(cells)
-    if params != said:
+    if pictures_of(item.params) != pictures_of(meta):
         raise ConfigError(f"{path}: a picture it was made from has changed since")
-    return Item(meta["id"], kind, meta["seed"], params, methods, label, meta["fingerprint"])
+    return item
 
 
 def rerun(

@@ -14,6 +14,8 @@ from mmattn.errors import ConfigError, MissingExtraError
 
 LINE_BYTES = 2**20
 COLUMNS = 200
+ROWS, GROUP_BYTES, BATCH_BYTES = 10_000_000, 2**27, 2**25
+"""Of Parquet, where a small file can hold any number: rows, unpacked bytes of a row group and of 256 rows."""
 SUFFIXES = (".jsonl", ".csv", ".parquet", ".txt")
 
 
@@ -29,6 +31,11 @@ class Row:
     cells: dict[str, Any]
     problem: str | None = None
     typed: bool = True
+
+    @property
+    def where(self) -> str:
+        """The row's place in what was read, for people."""
+        return f"line {self.line}"
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -103,12 +110,16 @@ def _txt(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    at, broken = 0, [""]
+    at, size, broken = 0, 0, [""]
 
     def feed() -> Iterator[str]:
-        nonlocal at
+        nonlocal at, size
         for number, text, problem in _lines(stream):
             at = number
+            size += len(text) + 1
+            if size > LINE_BYTES:
+                # Cells with line breaks can go on to the end of the file.
+                raise csv.Error(f"the row is longer than {LINE_BYTES:,} characters")
             if problem is not None:
                 broken[0] = problem
             yield text + "\n"
@@ -126,7 +137,7 @@ def _csv(path: Path) -> Iterator[Row]:
         if len(set(head)) < len(head) or "" in head:
             raise ConfigError(f"{path}: every column needs a name of its own, found {head}")
         while True:
-            line, broken[0] = at + 1, ""
+            line, size, broken[0] = at + 1, 0, ""
             try:
                 values = next(reader, None)
             except csv.Error as error:
@@ -149,20 +160,38 @@ def _parquet(path: Path) -> Iterator[Row]:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise MissingExtraError("a Parquet job file", "pyarrow", "batch") from error
+    # Arrow raises errors of many families, Python's own among them, for what is damaged.
     try:
         table = parquet.ParquetFile(path)
+        names, about = table.schema_arrow.names, table.metadata
+        sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
     except Exception as error:
         raise ConfigError(
             f"{path} is not a Parquet file: {' '.join(str(error).split())}"
         ) from error
     with table:
-        names = table.schema_arrow.names
         if len(names) > COLUMNS or len(set(names)) < len(names):
             raise ConfigError(
                 f"{path}: up to {COLUMNS} columns with names of their own, found {len(names)}"
             )
+        if about.num_rows > ROWS or max(sizes, default=0) > GROUP_BYTES:
+            raise ConfigError(
+                f"{path} has {about.num_rows:,} rows and up to {max(sizes):,} bytes in a row group; "
+                f"{ROWS:,} and {GROUP_BYTES:,} are the limits. Write it with a smaller row_group_size."
+            )
         number = 0
-        for part in table.iter_batches(batch_size=256):
-            for cells in part.to_pylist():
+        batches = table.iter_batches(batch_size=256)
+        while True:
+            try:
+                part = next(batches, None)
+                if part is not None and part.nbytes > BATCH_BYTES:
+                    raise ValueError(f"{part.num_rows} rows hold {part.nbytes:,} bytes")
+                rows = [] if part is None else part.to_pylist()
+            except Exception as error:
+                yield Row(number + 1, {}, f"the table is damaged: {' '.join(str(error).split())}")
+                return
+            if part is None:
+                return
+            for cells in rows:
                 number += 1
                 yield Row(number, {k: v for k, v in cells.items() if v is not None})

@@ -11,24 +11,29 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mmattn import __version__
 from mmattn.batch.guards import NonFiniteError, free_memory, is_memory
 from mmattn.batch.items import Item, sentence
 from mmattn.batch.ledger import OutputError, Record, writing
 from mmattn.batch.limits import sha256_of
-from mmattn.batch.making import Seat, make
+from mmattn.batch.making import Made, Seat, make
+from mmattn.batch.metadata import SCHEMA
 from mmattn.batch.models import Models
-from mmattn.batch.writers import write_bytes, write_image, write_video
+from mmattn.batch.writers import write_image, write_json, write_video
 from mmattn.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from mmattn.loading import Loaded
     from mmattn.session import Session
 
-SCHEMA = 1
-"""Version of the metadata in files; `mmattn rerun` reads it."""
+
+OFFLOADED = "models wait in main memory"
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,12 @@ class Worker:
             if not how.tiled and items[0].kind != "caption":
                 note = "out of memory; decoded in tiles"
                 return self._attempt(items, _Try((*how.notes, note), tiled=True))
+            if self.models.sources[items[0].kind] not in self.models.offloaded:
+                reason = self.models.offload(items[0].kind)
+                note = OFFLOADED if reason is None else f"not offloaded: {reason}"
+                how = replace(how, notes=(*how.notes, f"out of memory; {note}"))
+                if reason is None:
+                    return self._attempt(items, how)
         if len(items) > 1:
             return self._halves(items, len(items) // 2, how)
         record = self._record(items[0], "failed", how)
@@ -161,18 +172,22 @@ class Worker:
             records += self._attempt(items[start : start + half], how)
         return records
 
+    def _loaded(self, item: Item) -> Loaded:
+        return self.models.get(item.kind, from_image="init_image" in item.params)
+
     def _make(self, items: Sequence[Item], how: _Try) -> tuple[list[Seat], float]:
-        first = items[0]
-        loaded = self.models.get(first.kind, from_image="init_image" in first.params)
-        session = self._session(loaded.target, first)
+        loaded = self._loaded(items[0])
+        session = self._session(loaded.target, items[0])
+        device = torch.device(self.models.sources[items[0].kind].device)
+        call = partial(make, loaded, device=device, tiled=how.tiled)
         start = time.perf_counter()
-        made = make(loaded, items, session, tiled=how.tiled)
+        made: Made = call(items, session)
         if made.bad and session is not None:
             # The method may be what broke; the same item without it tells, and saves the item.
             for row, reason in made.bad.items():
                 session.reset()
                 with session.disabled():
-                    again = make(loaded, [items[row]], None, tiled=how.tiled)
+                    again = call([items[row]], None)
                 note = f"{reason}; made without methods"
                 if not again.bad:
                     made.seats[row] = replace(again.seats[0], notes=(note,))
@@ -205,6 +220,10 @@ class Worker:
     # -- results ----------------------------------------------------------------------------------
 
     def _record(self, item: Item, status: str, how: _Try | None = None) -> Record:
+        notes = [] if how is None else list(how.notes)
+        tried_so = how is not None and self.models.sources[item.kind] in self.models.offloaded
+        if tried_so and not any(OFFLOADED in note for note in notes):
+            notes.append(OFFLOADED)
         return Record(
             item.id,
             status,
@@ -214,7 +233,7 @@ class Worker:
             row=item.row,
             params=item.params,
             method=item.label,
-            notes=[] if how is None else list(how.notes),
+            notes=notes,
         )
 
     def _keep(self, item: Item, seat: Seat, seconds: float, how: _Try) -> Record:
@@ -234,8 +253,8 @@ class Worker:
         lasting = [*seat.notes, *(note for note in how.notes if "tiles" in note)]
         with writing(str(path)):
             written = self._write(path, item, seat, lasting)
+            record.size, record.sha256 = written.stat().st_size, sha256_of(written)
         record.file = written.relative_to(self.options.out).as_posix()
-        record.size, record.sha256 = written.stat().st_size, sha256_of(written)
         record.pixels = seat.content_sha256()
         record.answer = seat.answer
         return record
@@ -244,8 +263,7 @@ class Worker:
         meta = describe(item, self.models, seat, notes) if self.options.metadata else None
         if item.kind == "caption":
             table = {"answer": seat.answer, **({} if meta is None else {"mmattn": meta})}
-            text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
-            return write_bytes(path, text.encode())
+            return write_json(path, table)
         for number, panel in enumerate(seat.panels, 1):
             write_image(path.with_suffix(".panels") / f"{number}.png", panel)
         assert seat.drawn is not None
@@ -257,8 +275,6 @@ class Worker:
 
 def describe(item: Item, models: Models, seat: Seat, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The metadata of a file: all that `mmattn rerun` needs, and nothing that differs between runs."""
-    import torch
-
     source = models.sources[item.kind]
     meta: dict[str, Any] = {
         "schema": SCHEMA,

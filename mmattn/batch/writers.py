@@ -7,6 +7,7 @@ Pictures carry ``parameters`` (the line that image viewers of the Stable Diffusi
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -35,26 +36,41 @@ def atomic(path: str | Path) -> Iterator[Path]:
     File and folder are synced, so a file under its own name survives a power cut whole.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Names are limited to 255 bytes; the pid tells whose litter a leftover is.
     stem = path.name.encode()[:180].decode(errors="ignore")
     temporary = path.parent / f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. A new folder lasts only once the one above it is synced too."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)  # another shard may have been faster
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Some folders can be written and not read, and some network mounts cannot sync folders.
+        if error.errno not in (errno.EACCES, errno.EINVAL) or not path.is_dir():
+            raise
 
 
 def put(descriptor: int, data: bytes) -> None:
@@ -76,13 +92,21 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text."""
-    return write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text. What is no text, such as a byte of a strange file name, becomes a ``?``."""
+    return write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: str | Path, data: Any) -> Path:
     """Write JSON, two spaces deep, with a newline at the end."""
     return write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _text(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _comment(meta: Mapping[str, Any]) -> str:
+    return _text(json.dumps(meta, ensure_ascii=False, default=str))
 
 
 def parameters_line(meta: Mapping[str, Any]) -> str:
@@ -129,8 +153,8 @@ def write_image(
     """
     info = PngInfo()
     if meta is not None:
-        info.add_itxt("parameters", parameters_line(meta))
-        info.add_itxt("mmattn", json.dumps(meta, ensure_ascii=False, default=str))
+        info.add_itxt("parameters", _text(parameters_line(meta)))
+        info.add_itxt("mmattn", _comment(meta))
     encoded = io.BytesIO()
     upscale(picture, scale).save(encoded, format="PNG", pnginfo=info, optimize=True)
     return write_bytes(path, encoded.getvalue())
@@ -194,7 +218,7 @@ def write_video(
         av.open(str(temporary), "w", format="mp4", options=options) as out,
     ):
         if meta is not None:
-            out.metadata["comment"] = json.dumps(meta, ensure_ascii=False, default=str)
+            out.metadata["comment"] = _comment(meta)
         stream = out.add_stream("libx264", rate=fps)
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
@@ -297,13 +321,15 @@ def grid(
     Raises:
         ValueError: when the rows, columns and labels do not fit each other.
     """
-    if len(rows) != len(labels) or any(len(row) != len(columns) for row in rows) or not rows:
+    given = [picture for row in rows for picture in row if picture is not None]
+    if len(rows) != len(labels) or any(len(row) != len(columns) for row in rows) or not given:
         raise ValueError(
-            f"A grid needs one label per row and one picture per column; found {len(rows)} rows of "
-            f"{sorted({len(row) for row in rows})} pictures, {len(labels)} labels and "
+            "A grid needs one label per row, one picture or None per column, and not only None; found "
+            f"{len(given)} pictures, {len(rows)} rows of "
+            f"{sorted({len(row) for row in rows})} places, {len(labels)} labels and "
             f"{len(columns)} columns."
         )
-    first = to_image(rows[0][0])
+    first = to_image(given[0])
     wide, high = first.width * scale, first.height * scale
     gap, pad = 12, 18
     head_face, text_face, note_face = font(17), font(15), font(13)

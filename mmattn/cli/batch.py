@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -43,7 +43,13 @@ def register(app: typer.Typer) -> None:
 
 @guarded
 def batch(
-    jobs: Annotated[Path, typer.Argument(help="A .jsonl, .csv, .parquet or .txt file.")],
+    ctx: typer.Context,
+    jobs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A .jsonl, .csv, .parquet or .txt file; or folders and files that mmattn batch wrote."
+        ),
+    ],
     out: Out = Path("out/batch"),
     model: Annotated[
         list[str] | None,
@@ -75,12 +81,16 @@ def batch(
         str | None, option("--max-failures", help="Stop when more fail: a number or 5%.")
     ] = None,
     allow_extra: Annotated[
-        bool, option("--allow-extra", help="Take no offence at unknown keys.")
+        bool,
+        option("--allow-extra", help="Take no offence at unknown keys, or files without metadata."),
     ] = False,
     metadata: Annotated[
         bool, option("--metadata/--no-metadata", help="Write prompt and seed into the files.")
     ] = True,
     dry_run: Annotated[bool, option("--dry-run", help="Print what would be made.")] = False,
+    print_config: Annotated[
+        bool, option("--print-config", help="Print all settings, as --config takes them, and end.")
+    ] = False,
     dtype: Annotated[
         str, option("--dtype", help="Type of a model that is not embedded.")
     ] = "float32",
@@ -102,15 +112,21 @@ def batch(
 ) -> None:
     """Make pictures, clips, image sets and captions from a file of rows; the same command resumes.
 
-    Rows have a prompt and what differs from the options: id, kind, seed, n, steps, method and more. The
-    whole file is checked before a model is loaded. Everything made is a line in OUT/manifest.jsonl.
-    Ctrl-C ends after the running batch, twice at once.
+    Rows have a prompt and what differs from the options: id, kind, seed, n, steps, method and more. What a
+    row says wins over the options. The other way round for files: each is made again from its metadata,
+    under its id and with its seed, and the options that are given win. Everything is checked before a
+    model is loaded, and everything made is a line in OUT/manifest.jsonl. Ctrl-C ends after the running
+    batch, twice at once.
     """
-    from mmattn.batch.jobs import Jobs, Shard
+    if print_config:
+        _print_config(ctx)
+        return
+    from mmattn.batch.jobs import Shard
     from mmattn.batch.ledger import Ledger, OutputError
     from mmattn.batch.local import Limit, Rules, Run, Stop
     from mmattn.batch.models import Models
     from mmattn.batch.planning import describe_run, dry
+    from mmattn.batch.remaking import FileJobs, jobs_from
     from mmattn.errors import ConfigError
 
     for name, value, known in (
@@ -121,7 +137,7 @@ def batch(
         if value not in known:
             raise ConfigError(f"{name} is one of {list(known)}, got {value!r}")
     if engine == "ray":
-        from mmattn.batch.ray_engine import require
+        from mmattn.batch.ray_cluster import require
 
         require(device)
     elif actors is not None:
@@ -141,9 +157,12 @@ def batch(
         "seed": seed,
         "method": _methods(method, changes),
     }
-    rows = Jobs(
+    rows = jobs_from(
         jobs,
+        out,
         {key: value for key, value in defaults.items() if value is not None},
+        named=model is not None,
+        changes=() if method else changes or (),
         kinds=models.kinds,
         default_kind=models.default_kind,
         allow_extra=allow_extra,
@@ -151,15 +170,19 @@ def batch(
     found = _checked(rows)
     if not quiet:
         items = ", ".join(f"{count} {name}s" for name, count in found.items.items())
-        say(f"{jobs}: {found.rows} rows, {items}")
+        left = f", {found.skipped} without metadata left out" if found.skipped else ""
+        say(f"{rows.name}: {found.rows} {rows.what}s, {items}{left}")
     files = models.files(list(found.items))
     fingerprints = models.fingerprints(list(found.items), files)
+    if isinstance(rows, FileJobs) and (count := rows.of_other_models(fingerprints)):
+        say(f"{count} of the files were made with other weights or on another kind of device")
     if dry_run:
         _dry(dry(rows, fingerprints, out, rules, share), as_json=as_json)
         return
     _prepare(device, threads, deterministic=deterministic)
     from mmattn.batch.worker import Options, Worker
 
+    run: Run | None = None
     try:
         with Ledger(out, share) as ledger, Stop() as stop:
             options = Options(out, size, metadata)
@@ -172,12 +195,26 @@ def batch(
     except OutputError as error:
         say(f"mmattn: {error}")
         raise typer.Exit(common.NOTHING_DONE) from None
+    except KeyboardInterrupt:
+        if run is None or not run.killed:
+            raise
+        say("mmattn: interrupted")
+        _leave(common.INTERRUPTED)
     _report(run, out, as_json=as_json, quiet=quiet)
 
 
-def _methods(method: list[str] | None, changes: list[str] | None) -> list[dict[str, Any]] | None:
-    if not method and not changes:
-        return None  # without loading torch
+def _print_config(ctx: typer.Context) -> None:
+    settings = {common.key_of(p): ctx.params.get(str(p.name)) for p in ctx.command.params}
+    left_out = ("config", "print_config", "help")
+    told = {k: v for k, v in settings.items() if v not in (None, [], ()) and k not in left_out}
+    emit_json({"batch": told})
+
+
+def _methods(
+    method: list[str] | None, changes: list[str] | None
+) -> list[dict[str, Any]] | str | None:
+    if not method or method == ["dense"]:
+        return "dense" if method else None  # without loading torch
     chosen = common.together(method, changes)
     return None if chosen is None else [m.to_dict() for m in chosen.methods]
 
@@ -253,8 +290,17 @@ def _report(run: Run, out: Path, *, as_json: bool, quiet: bool) -> None:
             f"{out}: {summary.ok} made, {summary.failed} failed, {summary.before} were there, "
             f"{summary.seconds:.0f} s" + (", see failures.jsonl" if summary.failed else "")
         )
+    if run.killed:
+        _leave(summary.exit_code)
     if summary.exit_code:
         raise typer.Exit(summary.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End without what Python does at its end, which is to wait a minute for a Ray that was killed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @guarded

@@ -30,6 +30,8 @@ def say(line: str) -> None:
 
 def emit(text: str) -> None:
     """A result, on stdout."""
+    # A file's name need not be text.
+    text = text.encode("utf-8", "backslashreplace").decode()
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
 
@@ -88,17 +90,25 @@ def _config(ctx: typer.Context, value: Path | None) -> Path | None:
         except ConfigError as error:
             say("mmattn: " + " ".join(str(error).split()))
             raise typer.Exit(USAGE) from None
-        ctx.default_map = {**(ctx.default_map or {}), **settings}
+        names = {key_of(parameter): str(parameter.name) for parameter in ctx.command.params}
+        own = {names[key]: entry for key, entry in settings.items()}
+        ctx.default_map = {**(ctx.default_map or {}), **own}
     return value
+
+
+def key_of(parameter: Any) -> str:
+    """What a parameter is called in a configuration file: its long option name, or that of an argument."""
+    longest = next((name for name in parameter.opts if name.startswith("--")), str(parameter.name))
+    return longest.removeprefix("--").replace("-", "_")
 
 
 def _known(ctx: typer.Context) -> dict[str, set[str]]:
     """Option names by verb."""
-    own = {str(p.name) for p in ctx.command.params}
+    own = set(map(key_of, ctx.command.params))
     known = {ctx.command.name or "": own}
     parent = ctx.find_root().command
     for name, command in getattr(parent, "commands", {}).items():
-        known.setdefault(name, {str(p.name) for p in command.params})
+        known.setdefault(name, set(map(key_of, command.params)))
     return known
 
 
@@ -113,11 +123,12 @@ def read_config(path: Path, verb: str, known: dict[str, set[str]]) -> dict[str, 
     """
     if not path.is_file():
         raise ConfigError(f"there is no configuration file at {path}")
-    text = path.read_text(encoding="utf-8")
+    kind = "json" if path.suffix == ".json" else "toml"
     try:
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.')}: {error}") from error
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if kind == "json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a table of settings, found {type(data).__name__}")
     everything = set().union(*known.values()) - {"config"}
@@ -141,9 +152,15 @@ def read_config(path: Path, verb: str, known: dict[str, set[str]]) -> dict[str, 
             settings[name] = value
     merged = {**settings, **own}
     if isinstance(merged.get("method"), list):
-        merged["method"] = [
-            json.dumps(entry) if isinstance(entry, dict) else entry for entry in merged["method"]
-        ]
+        try:
+            merged["method"] = [
+                json.dumps(entry) if isinstance(entry, dict) else entry
+                for entry in merged["method"]
+            ]
+        except TypeError as error:  # TOML has dates
+            raise ConfigError(
+                f"{path}: a method has a setting of an unknown type: {error}"
+            ) from error
     return merged
 
 

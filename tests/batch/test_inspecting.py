@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mmattn.batch import rerunning
+from mmattn.batch import metadata
 from mmattn.batch.inspecting import CHUNK, inspect_file
 from mmattn.batch.models import Models
 from mmattn.batch.rerunning import item_of, rerun
@@ -141,4 +141,4 @@ def test_models_are_never_fetched_because_a_file_says_so(made, tmp_path):
         rerun(made["a"], tmp_path)
     with pytest.raises(ConfigError, match="is not the model"):
         rerun(made["a"], tmp_path, "t2i")
-    assert rerunning.SCHEMA == 1
+    assert metadata.SCHEMA == 1

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmattn.batch.items import Item, digest, seed_of
-from mmattn.batch.jobs import Shard
+from mmattn.batch.jobs import BadRows, Shard
 from mmattn.batch.limits import safe_stem
 from mmattn.errors import ConfigError
 
@@ -64,6 +64,13 @@ def test_the_same_row_twice_is_two_items(bench):
     assert {i.id for i in items} == {i.id for i in again}
     shares = [bench.items(bench.folder / "jobs.txt", Shard(k, 2)) for k in (0, 1)]
     assert {i.id for share in shares for i in share} == {i.id for i in items}
+
+
+def test_an_id_is_used_once_whatever_the_kind(bench):
+    # The manifest knows items by their ids alone.
+    path = bench.write([{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "x", "num_frames": 2}])
+    with pytest.raises(BadRows, match="line 2: the id 'a' is taken by a row above"):
+        bench.items(path)
 
 
 def test_what_changes_the_key(bench):

@@ -113,6 +113,33 @@ def test_exif_rotation_is_applied(tmp_path):
         assert open_picture(path).size == ((30, 40) if turn >= 5 else (40, 30))
 
 
+def test_exif_that_is_nonsense_does_not_cost_the_picture(tmp_path):
+    """Turning a picture once wrote its EXIF anew, which failed where a value had the wrong type."""
+    path = tmp_path / "x.webp"
+    # Little endian; the orientation, and then a resolution that is text.
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    path.write_bytes(encoded(RED, "WEBP", exif=exif))
+    assert open_picture(path).size == (30, 40)
+
+
+def test_exif_and_texts_do_not_come_along(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "where I live"
+    for turn in (1, 6):
+        exif[0x0112] = turn
+        RED.save(tmp_path / "x.jpg", exif=exif, comment=b"c", icc_profile=b"p" * 200)
+        picture = open_picture(tmp_path / "x.jpg")
+        assert not picture.info and not picture.getexif()
+        assert type(picture) is Image.Image
+
+
+def test_a_name_that_is_too_long_or_closed_to_us(tmp_path):
+    for path in (tmp_path / ("x" * 300), tmp_path / ("x/" * 3000)):
+        with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+            check_picture(path)
+
+
 def test_a_changed_file_is_looked_at_again(tmp_path):
     path = tmp_path / "x.png"
     RED.save(path)
@@ -127,7 +154,10 @@ def test_json_of_strangers():
         "b": [1, {"c": None}],
     }
     assert parse_json("[" * DEPTH + "]" * DEPTH)
+    assert parse_json('"\\ud83d\\ude00"') == "\U0001f600"
     for text in (
+        '{"a": ["\\ud83d"]}',
+        '{"\\uDC00": 1}',
         "[" * 60_000,
         "[" * (DEPTH + 1) + "]" * (DEPTH + 1),
         '{"a": Infinity}',

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from mmattn.batch import ray_engine
-from mmattn.batch.ledger import Ledger, OutputError, read_records
+from mmattn.batch import ray_actor, ray_cluster, ray_engine
+from mmattn.batch.ledger import Ledger, OutputError, Record, read_records
 from mmattn.batch.limits import sha256_of
 from mmattn.batch.local import Rules, Stop
 from mmattn.batch.models import Models, Source
@@ -182,7 +186,7 @@ def test_an_actor_killed_in_the_middle(ray_bench):
 def test_nothing_to_do_starts_nothing(ray_bench, monkeypatch):
     path = ray_bench.bench.write(rows(2))
     ray_bench.bench.run(path, "ray")
-    monkeypatch.setattr(ray_engine, "cluster", None)
+    monkeypatch.setattr(ray_engine, "Cluster", None)
     assert ray_bench.run(path).before == 2
 
 
@@ -218,7 +222,7 @@ def test_stop_and_go_on(ray_bench, how):
         )
     assert summary.exit_code == (143 if how == "SIGTERM" else 3)
     assert 0 < summary.ok < 40
-    assert {r["status"] for r in bench.records("ray")} >= {"ok", "skipped"}
+    assert not {r["status"] for r in bench.records("ray")} - {"ok", "skipped", "failed"}
     ray_bench.run(path)
     bench.run(path, "local")
     assert len(bench.hashes("ray")) == 40 and bench.hashes("ray") == bench.hashes("local")
@@ -244,13 +248,13 @@ def test_more_actors_than_cores(ray_bench):
 def test_without_ray(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mmattn\[ray\]'"):
-        ray_engine.require()
+        ray_cluster.require()
 
 
 @needs_ray
 def test_a_numbered_gpu_is_refused():
     with pytest.raises(ConfigError, match="the device is cuda:1; say --device cuda"):
-        ray_engine.require("cuda:1")
+        ray_cluster.require("cuda:1")
 
 
 @needs_ray
@@ -262,11 +266,16 @@ def test_the_embedded_model_on_the_command_line(tmp_path):
     jobs.write_text(
         "".join(json.dumps({"prompt": p, "method": "identity"}) + "\n" for p in prompts)
     )
-    common = [str(jobs), "--model", "t2i", "--steps", "1", "--threads", "1", "-q"]
+    common = ["--model", "t2i", "--threads", "1", "-q"]
     hashes = {}
-    for engine, more in (("local", []), ("ray", ["--engine", "ray", "--actors", "1"])):
+    # Ray gets the files of the local engine instead of the rows.
+    more = {
+        "local": [str(jobs), "--steps", "1"],
+        "ray": [str(tmp_path / "local"), "--engine", "ray", "--actors", "1"],
+    }
+    for engine, given in more.items():
         out = tmp_path / engine
-        done = CliRunner().invoke(app, ["batch", *common, "--out", str(out), *more])
+        done = CliRunner().invoke(app, ["batch", *given, *common, "--out", str(out)])
         assert done.exit_code == 0, done.output
         hashes[engine] = {r["id"]: (r["status"], r["sha256"]) for r in read_records(out)}
         assert (out / "index.html").is_file()
@@ -284,6 +293,91 @@ def test_actors_need_the_ray_engine(tmp_path):
     assert done.exit_code == 2 and "'dask'" in done.output
 
 
+def started(process, manifest, seen):
+    """Waits for a few records; `seen` gets all processes that were started on the way."""
+    import psutil
+
+    parent, deadline = psutil.Process(process.pid), time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        seen.update(parent.children(recursive=True))
+        if manifest.exists() and manifest.read_bytes().count(b"\n") >= 3:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no records came")
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("signals", "everyone", "code"),
+    [
+        ([signal.SIGINT], True, 130),
+        pytest.param([signal.SIGINT] * 2, True, 130, marks=pytest.mark.slow),
+        pytest.param([signal.SIGTERM], False, 143, marks=pytest.mark.slow),
+        pytest.param([signal.SIGTERM], True, 143, marks=pytest.mark.slow),
+    ],
+    ids=["once", "twice", "sigterm", "sigterm-to-the-group"],
+)
+def test_signals_end_the_command_and_all_that_ray_started(tmp_path, signals, everyone, code):
+    import psutil
+
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a red circle", "n": 1000}\n')
+    command = [
+        sys.executable,
+        "-m",
+        "mmattn.cli",
+        "batch",
+        "jobs.jsonl",
+        "--out",
+        "o",
+        "--steps",
+        "1",
+    ]
+    with (tmp_path / "log").open("w") as log:
+        child = subprocess.Popen(
+            [*command, "--engine", "ray", "--actors", "2"],
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    manifest, seen = tmp_path / "o" / "manifest.jsonl", set()
+    try:
+        started(child, manifest, seen)
+        assert len(seen) > 4
+        for number in signals:  # a terminal sends Ctrl-C to all of a command's processes
+            (os.killpg if everyone else os.kill)(child.pid, number)
+            time.sleep(0.3)
+        assert child.wait(60) == code
+        deadline = time.monotonic() + 1  # what was killed needs a moment to be gone
+        while (left := list(filter(ray_cluster._runs, seen))) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not left
+    finally:
+        for process in [child, *seen]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said
+    assert (
+        "mmattn: interrupted" if len(signals) == 2 else "the same command goes on from here"
+    ) in said
+    records = list(read_records(tmp_path / "o"))
+    assert manifest.read_bytes().endswith(b"\n") and manifest.read_bytes().count(b"\n") == len(
+        records
+    )
+    ok = [r for r in records if r["status"] == "ok"]
+    assert 3 <= len(ok) < 1000 and {r["status"] for r in records} <= {"ok", "skipped"}
+    for record in ok:
+        assert sha256_of(tmp_path / "o" / record["file"]) == record["sha256"]
+    files = {p.stem for p in (tmp_path / "o").rglob("*.png")}
+    if len(signals) == 1:
+        assert files == {r["id"] for r in ok}, "what was running has been finished and recorded"
+        assert not list((tmp_path / "o").rglob("*.tmp"))
+    else:
+        assert files >= {r["id"] for r in ok}
+
+
 def by_hand(bench, answer):
     """A run whose actors are played by `answer`, from items to a JSON-ready answer or None."""
 
@@ -299,7 +393,7 @@ def by_hand(bench, answer):
     path = bench.write(rows(4))
     worker = Worker(models, Options(ledger.out))
     run = Played(bench.jobs(path), PRINTS, ledger, worker)
-    run._size = 1  # a cluster is there
+    run._cluster = SimpleNamespace(size=1, lost=False, killed=False, any_runs=bool)
     return run
 
 
@@ -330,8 +424,60 @@ def test_what_no_actor_can_do_ends_the_run(bench, error):
     run = by_hand(bench, answer)
     with run.ledger, pytest.raises(error, match="no space left"):
         run()
-    assert len(asked) == 1
     assert not asked[0].stopped() and not bench.records("ray"), "its notes are gone"
+
+
+def all_ok(part):
+    return {"records": [{"id": i.id, "status": "ok", "key": i.key} for i in part]}
+
+
+@needs_ray
+def test_a_stop_waits_for_parts_that_were_begun_and_for_no_others(bench):
+    asked = []
+
+    def answer(part, notes):
+        asked.append(part[0].id)
+        if len(asked) == 1:
+            notes.begin("2")
+            run.stop.reason = "SIGTERM"
+        time.sleep(0.1)
+        return all_ok(part)
+
+    run = by_hand(bench, answer)
+    run.jobs = bench.jobs(bench.write(rows(40)))
+    with run.ledger:
+        summary = run()
+    assert summary.exit_code == 143 and summary.ok == 3, "the third was begun"
+    assert len(asked) < 8 and len(bench.records("ray")) == 3
+
+
+@needs_ray
+@pytest.mark.parametrize(("reason", "code"), [(None, 3), ("SIGTERM", 143)])
+def test_ray_that_ends_before_the_run(bench, reason, code):
+    def answer(part, notes):
+        if part[0].id == "item-1":
+            run._cluster.lost, run.stop.reason = True, reason
+            notes.begin("1")
+            time.sleep(0.5)
+            return None
+        return all_ok(part)
+
+    run = by_hand(bench, answer)
+    with run.ledger:
+        summary = run()
+    assert (summary.ok, summary.failed, summary.exit_code) == (1, 0, code)
+    assert summary.stopped == (reason or "the processes of Ray have ended")
+    assert not list((bench.folder / "ray").glob(".ray-*"))
+
+
+@needs_ray
+def test_what_breaks_inside_of_ray_is_not_lost(bench):
+    def answer(part, notes):
+        raise ZeroDivisionError("inside")
+
+    run = by_hand(bench, answer)
+    with run.ledger, pytest.raises(ZeroDivisionError, match="inside"):
+        run()
 
 
 def test_tries_are_counted_between_processes(bench):
@@ -339,13 +485,13 @@ def test_tries_are_counted_between_processes(bench):
         def run(self, items):
             if any(item.id == "item-1" for item in items):
                 raise SystemExit  # stands for a process that dies
-            return [ray_engine.Record(item.id, "ok", item.key) for item in items]
+            return [Record(item.id, "ok", item.key) for item in items]
 
-    notes = ray_engine.Notes(bench.folder, "1.test")
+    notes = ray_actor.Notes(bench.folder, "1.test")
     items = bench.items(bench.write(rows(3)))
 
     def attempt(part):
-        actor = object.__new__(ray_engine.Actor)
+        actor = object.__new__(ray_actor.Actor)
         actor.worker, actor.notes = Deadly(), notes
         try:
             return actor._make(part, "7")
@@ -355,7 +501,7 @@ def test_tries_are_counted_between_processes(bench):
     tried = []
     while not tried or tried[-1] is None:
         tried.append(attempt(items))
-    assert len(tried) == 2 * ray_engine.TRIES + 1  # together, then alone
+    assert len(tried) == 2 * ray_actor.TRIES + 1  # together, then alone
     assert [record.status for record in tried[-1]] == ["ok", "failed", "ok"]
     assert tried[-1][1].error["class"] == "ActorDied"
     assert attempt(items[:1]) is not None

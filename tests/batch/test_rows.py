@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -116,6 +119,14 @@ def test_what_is_wrong_is_said(bench):
         '{"prompt": "a", "method": "vmobaa"}': "vmoba",
         '{"prompt": "a", "method": "tome:q=3"}': "q",
         '{"prompt": "a", "method": [3]}': "method must be text",
+        '{"prompt": "a", "method": "{"}': "method '{' cannot be read",
+        '{"prompt": "a", "method": "tome:r=' + "[" * 5000 + '"}': "cannot be read",
+        '{"prompt": "a", "method": "' + "x" * 300 + '.json"}': "File name too long",
+        '{"prompt": "a", "method": {"name": [1]}}': "cannot be read",
+        '{"prompt": "a", "method": "' + "tome+" * 3000 + '"}': "15,000 characters",
+        '{"prompt": "a", "method": [' + '"tome",' * 256 + '"tome"]}': "a list of 257",
+        '{"prompt": "a", "init_image": "~nobody-here/a.png"}': "home directory",
+        '{"prompt": "a", "init_image": "' + "x" * 300 + '"}': "File name too long",
         '{"prompt": "a", "width": 8192, "height": 8192, "num_frames": 600}': "are the limits",
         '{"prompt": "a", "init_image": "none.png"}': "there is no picture file",
         '{"prompt": "a", "init_image": "http://127.0.0.1/x.png"}': "must be a local file",
@@ -128,8 +139,10 @@ def test_what_is_wrong_is_said(bench):
         '{"panels": [{"text": "a"}]}': "a panel is a prompt",
         '{"id": "", "prompt": "a"}': "id must be text",
     }
-    found = problems(bench, "\n".join(list(wrong)[:20]))
-    found |= {n + 20: text for n, text in problems(bench, "\n".join(list(wrong)[20:])).items()}
+    found = {}
+    for first in range(0, len(wrong), 20):  # no more than that are listed
+        part = problems(bench, "\n".join(list(wrong)[first : first + 20]))
+        found |= {line + first: text for line, text in part.items()}
     assert sorted(found) == list(range(1, len(wrong) + 1))
     for number, part in enumerate(wrong.values(), 1):
         assert part in found[number], (number, found[number])
@@ -156,6 +169,99 @@ def test_broken_csv(bench):
     for head in ("prompt,prompt\n", "prompt,,\n", "\n", ",".join(map(str, range(201)))):
         with pytest.raises(ConfigError, match="column"):
             Jobs(bench.write(head + "a\n", "jobs.csv")).check()
+
+
+def test_cells_of_csv_have_bounds(bench):
+    long = "x" * (LINE_BYTES - 20)
+    assert [
+        row.cells["prompt"] for row in read_rows(bench.write(f"prompt\n{long}\nb\n", "a.csv"))
+    ] == [
+        long,
+        "b",
+    ]
+    # A quote that is never closed, and cells with line breaks, would take in the whole file.
+    for text in ('"' + "line\n" * 300_000, "".join('"\n",' for _ in range(600_000))):
+        row = next(iter(read_rows(bench.write("prompt\n" + text, "b.csv"))))
+        assert row.line == 2 and "longer than" in row.problem
+    csv.field_size_limit(100)
+    assert len(next(iter(read_rows(bench.folder / "a.csv"))).cells["prompt"]) == len(long)
+    deep = bench.write('prompt,method\na,"' + "[" * 5000 + '"\n', "c.csv")
+    with pytest.raises(BadRows, match="nested 5000 deep"):
+        Jobs(deep).check()
+
+
+def test_keys_that_come_twice_are_found_quickly(bench):
+    # A line of this length took minutes when every key was counted.
+    keys = "".join(f'"k{i}": 1, ' for i in range(60_000))
+    path = bench.write("{" + keys + '"z": 1, "z": 2}\n')
+    start = time.process_time()
+    with pytest.raises(BadRows, match="the key 'z' is there twice"):
+        Jobs(path).check()
+    assert time.process_time() - start < 2
+
+
+def test_damaged_and_oversized_parquet(bench, monkeypatch):
+    pa = pytest.importorskip("pyarrow", reason="parquet needs the extra [batch]")
+    import pyarrow.parquet as pq
+
+    from mmattn.batch import rows as module
+
+    path = bench.folder / "jobs.parquet"
+    table = pa.table({"prompt": [f"prompt {i}" for i in range(600)]})
+    pq.write_table(table, path, compression="none", use_dictionary=False, row_group_size=300)
+    whole = path.read_bytes()
+    place = whole.rindex(b"prompt 400")
+    path.write_bytes(whole[: place - 3] + b"\xff" + whole[place - 2 :])
+    found = list(read_rows(path))
+    assert found[-1].problem.startswith("the table is damaged") and len(found) > 256
+    assert all(row.problem is None for row in found[:-1])
+    path.write_bytes(whole[: place + 5] + b"\xff" + whole[place + 6 :])
+    assert "utf-8" in list(read_rows(path))[-1].problem
+    path.write_bytes(whole)
+    assert sum(1 for _ in read_rows(path)) == 600
+    for limit in ("ROWS", "GROUP_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, limit, 500)
+            with pytest.raises(ConfigError, match="smaller row_group_size"):
+                list(read_rows(path))
+    # Packed, forty megabytes of one prompt are 1.5 kB.
+    pq.write_table(pa.table({"prompt": ["a" * 40_000_000]}), path, compression="zstd")
+    (row,) = read_rows(path)
+    assert "1 rows hold 40,000,0" in row.problem
+    times = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": ["a"], "seed": [b"x"], "when": times}), path)
+    with pytest.raises(BadRows):
+        Jobs(path, allow_extra=True).check()
+    pq.write_table(pa.table({"prompt": ["a"], "method": [{"name": "tome", "r": b"x"}]}), path)
+    with pytest.raises(BadRows, match="not JSON serializable"):
+        Jobs(path).check()
+
+
+def test_rows_are_checked_as_they_stream(bench):
+    """A file of 80 MB, in a process of its own, since the size of this one says nothing."""
+    prompt = "a photograph of a red circle " * 66
+    with (bench.folder / "jobs.jsonl").open("w") as stream:
+        for i in range(40_000):
+            stream.write(json.dumps({"id": f"row{i}", "prompt": prompt + str(i)}) + "\n")
+    code = (
+        "import sys; from pathlib import Path; from mmattn.batch.jobs import Jobs\n"
+        "rows = Jobs(Path(sys.argv[1])).check().rows\n"
+        "peak = Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]\n"
+        "print(rows, int(peak) // 1024, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, bench.folder / "jobs.jsonl"], capture_output=True, text=True
+    )
+    rows, megabytes, torch = done.stdout.split()
+    assert (rows, torch) == ("40000", "False") and int(megabytes) < 80
+
+
+def test_repeated_rows_are_told_apart_however_many_they_ask_for(bench):
+    text = '{"prompt": "a", "n": 2}\n{"prompt": "a", "n": 3}\n{"prompt": "a"}\n{"prompt": "a"}\n'
+    jobs = Jobs(bench.write(text))
+    assert jobs.check().items == {"image": 7}
+    items = list(jobs.items({"image": "m"}))
+    assert len({item.id for item in items}) == len({item.seed for item in items}) == 7
 
 
 def test_ids_are_used_once(bench):

@@ -61,7 +61,7 @@ def check_folder(folder, expected):
 
 
 def kills(bench, count, monkeypatch):
-    """Kills at random times; the disk is slow, so that many hit the middle of a write."""
+    """Kills at random times and, in turn, in the middle of writing a random file."""
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.002), sync(descriptor))[1])
     bench.pipe.delay = 0.002
@@ -75,13 +75,22 @@ def kills(bench, count, monkeypatch):
     cut, torn, made = 0, 0, []
     for trial in range(count):
         out = f"killed-{trial}"
-        pid = forked(lambda out=out: bench.run(path, out).exit_code)
-        time.sleep(dice.uniform(0, duration))
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        fatal = dice.randrange(len(ROWS)) if trial % 2 else None
+
+        def work(out=out, fatal=fatal):
+            if fatal is not None:
+                os.fsync = deadly(fatal, os.fsync)
+            return bench.run(path, out).exit_code
+
+        pid = forked(work)
+        if fatal is None:
+            time.sleep(dice.uniform(0, duration))
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         cut += wait(pid) == -signal.SIGKILL
         torn += bool(list(bench.folder.glob(f"{out}/images/*/.*.tmp")))
         before = len(read_last(bench.folder / out)) if (bench.folder / out).exists() else 0
+        assert fatal is None or before == fatal
         summary = bench.run(path, out)
         assert (summary.before, summary.ok, summary.failed) == (before, len(ROWS) - before, 0)
         made.append(before)
@@ -89,10 +98,23 @@ def kills(bench, count, monkeypatch):
     return cut, torn, made
 
 
+def deadly(number, sync):
+    """An fsync that kills its process when it comes to the picture with that number."""
+    seen = iter(range(number + 1))
+
+    def fsync(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "/images/" in name and name.endswith(".tmp") and next(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    return fsync
+
+
 def test_killed_runs_resume_to_the_same_files(bench, monkeypatch):
     cut, torn, made = kills(bench, 8, monkeypatch)
-    assert cut >= 6, "most kills must hit a running process, or this shows nothing"
-    assert torn, "some in the middle of a write"
+    assert cut >= 5, "most kills must hit a running process, or this shows nothing"
+    assert torn >= 4, "every other one in the middle of a write"
     assert any(0 < count < len(ROWS) for count in made)
 
 
@@ -100,7 +122,7 @@ def test_killed_runs_resume_to_the_same_files(bench, monkeypatch):
 def test_fifty_killed_runs_resume_to_the_same_files(bench, monkeypatch):
     cut, torn, made = kills(bench, 50, monkeypatch)
     print(f"{cut} of 50 kills hit a running process, {torn} in a write; {made} items were there")
-    assert cut >= 40 and torn >= 5 and len(set(made)) > 10
+    assert cut >= 40 and torn >= 25 and len(set(made)) > 10
 
 
 # -- resuming -------------------------------------------------------------------------------------------
@@ -206,7 +228,7 @@ def test_poisoned_rows_fail_alone_and_memory_stays_level(bench):
     last = read_last(bench.folder / "out")
     assert {int(n) for n, e in last.items() if e.status == "failed"} == poisoned
     failed = [r for r in bench.records() if r["status"] == "failed"]
-    assert {r["error"]["class"] for r in failed} == {"ValueError"}
+    assert all("poisoned prompt" in r["error"]["message"] for r in failed)
     lines = (bench.folder / "out" / "failures.jsonl").read_text().splitlines()
     assert {int(json.loads(line)["id"]) for line in lines} == poisoned
     slope = (levels[-1] - levels[3]) / (len(levels) - 4)
@@ -363,8 +385,8 @@ def test_a_disk_that_fails_leaves_nothing_broken(bench, monkeypatch, point, numb
     path = bench.write(ROWS[:6])
     bench.run(path, "whole")
     with monkeypatch.context() as patch:
-        # The first item makes its folder in two calls, because its parent is not there yet.
-        faults = Faults(patch, point, number, after=3 if point == "mkdir" else 2)
+        # Every item makes a folder, which is synced above and in it.
+        faults = Faults(patch, point, number, after=4 if point == "folder" else 2)
         with pytest.raises(OutputError, match=os.strerror(number)):
             bench.run(path)
     assert faults.hits == 1

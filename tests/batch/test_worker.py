@@ -20,7 +20,9 @@ from mmattn.batch.models import Models, Source
 from mmattn.batch.worker import Options, Worker
 from mmattn.batch.writers import read_metadata
 from mmattn.errors import ConfigError, ModelLoadError
+from mmattn.loading import Loaded
 from mmattn.methods.base import Method
+from mmattn.variants import parse
 
 
 def run(bench, rows, *, batch=8, **more):
@@ -38,7 +40,8 @@ def test_one_record_per_item_in_order_whatever_fails(bench):
     records = run(bench, rows)
     assert [r.id for r in records] == [*map(str, range(8)), "v"]
     assert [r.id for r in records if r.status == "failed"] == ["2", "7"]
-    assert records[2].error == {"class": "ValueError", "message": "ValueError: poisoned prompt"}
+    said = "FakePipe refuses the call: poisoned prompt"
+    assert records[2].error == {"class": "ConfigError", "message": said}
     assert records[2].file is None
     assert records[8].file.endswith("v.mp4")
     # Halving: eight, then fours, and so on down to the two that cannot be made.
@@ -75,6 +78,103 @@ def test_decoding_in_tiles_is_the_last_resort_and_does_not_stay_on(bench):
     assert bench.pipe.vae.tilings == 2 and not bench.pipe.vae.use_tiling
     meta = read_metadata(bench.folder / "out" / records[0].file)
     assert meta["notes"] == ["out of memory; decoded in tiles"]
+
+
+def offloadable(bench, fits=None):
+    """A pipeline that fits once its models are moved in and out."""
+
+    class Offloadable(type(bench.pipe)):
+        def enable_model_cpu_offload(self, device):
+            self.enabled.append(device)
+            self.fits = None
+
+    pipe = Offloadable(fits=fits)
+    pipe.enabled = []
+    return pipe
+
+
+def on_an_accelerator(load):
+    return Models(
+        {"image": Source("fake", "t2i", "xpu"), "caption": Source("words", "vlm", "xpu")}, load
+    )
+
+
+def test_models_are_offloaded_after_halving_and_tiles(bench):
+    pipe = offloadable(bench, fits=0)
+    models = on_an_accelerator(lambda source: Loaded("t2i", pipe))
+    with Worker(models, Options(bench.folder / "out", 2)) as worker:
+        records = worker.run(bench.items(bench.write(prompts(4))))
+    assert [r.status for r in records] == ["ok"] * 4
+    halved = "out of memory with 2 items in a call"
+    assert records[0].notes == [
+        halved,
+        "out of memory; decoded in tiles",
+        "out of memory; models wait in main memory",
+    ]
+    assert records[1].notes == [halved, "models wait in main memory"]
+    assert records[2].notes == records[3].notes == ["models wait in main memory"]
+    assert pipe.enabled == [torch.device("xpu")], "once, and then for the rest of the run"
+    assert pipe.calls == [2, 1, 1, 1, 1, 1, 1] and not pipe.vae.use_tiling
+    bench.run(bench.folder / "jobs.jsonl", "plain")
+    plain = [r["pixels"] for r in bench.records("plain")]
+    assert [r.pixels for r in records] == plain and len(set(plain)) == 4
+
+
+def test_offload_that_cannot_help_is_said(bench):
+    tiles = "out of memory; decoded in tiles"
+    bench.pipe.fits = 0
+    (record,) = run(bench, prompts(1))
+    assert record.notes == [
+        tiles,
+        "out of memory; not offloaded: the model runs in main memory already",
+    ]
+
+    def refuse(device):
+        raise ValueError("a device map is in use")
+
+    bench.pipe.enable_model_cpu_offload = refuse
+    models = on_an_accelerator(lambda source: Loaded(source.kind, bench.pipe))
+    with Worker(models, Options(bench.folder / "out")) as worker:
+        first, second = worker.run(bench.items(bench.write(prompts(2))))
+    assert first.status == second.status == "failed"
+    for record in (first, second):
+        assert record.error["class"] == "OutOfMemoryError"
+        assert record.notes == [
+            tiles,
+            "out of memory; not offloaded: ValueError: a device map is in use",
+        ]
+
+
+def test_models_of_transformers_are_not_offloaded(bench):
+    class Processor:
+        def apply_chat_template(self, *more, **named):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    Image.new("RGB", (8, 8)).save(bench.folder / "p.png")
+    jobs = Jobs(bench.write([{"id": "c", "image": "p.png"}]))
+    jobs.check()
+    models = on_an_accelerator(lambda source: Loaded("vlm", object(), Processor()))
+    with Worker(models, Options(bench.folder / "out")) as worker:
+        (record,) = worker.run(list(jobs.items({"caption": "m"})))
+    assert record.status == "failed" and record.error["class"] == "OutOfMemoryError"
+    assert record.notes == ["out of memory; not offloaded: only pipelines of diffusers can be"]
+
+
+def test_a_pipeline_too_large_to_be_loaded_is_loaded_into_main_memory(bench):
+    asked, pipe = [], offloadable(bench)
+
+    def load(source):
+        asked.append(source.device)
+        if source.device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Loaded("t2i", pipe)
+
+    items = bench.items(bench.write(prompts(3)))
+    with Worker(on_an_accelerator(load), Options(bench.folder / "out", 2)) as worker:
+        records = worker.run(items)
+    assert [r.status for r in records] == ["ok"] * 3
+    assert {tuple(r.notes) for r in records} == {("models wait in main memory",)}
+    assert asked == ["xpu", "cpu"] and pipe.calls == [2, 1], "batches stay as they are"
 
 
 def test_what_counts_as_memory():
@@ -204,6 +304,76 @@ def test_in_one_call_pixels_move_by_rounding_only(tmp_path):
 
     one, five = (pixels(tmp_path / str(b), b).astype(int) for b in (1, 5))
     assert abs(one - five).max() <= 1
+
+
+AGENTS = "agent-attention:agents=16"
+
+
+def test_an_item_with_a_method_that_needed_offload_is_the_same_picture(tmp_path):
+    from mmattn import mini
+
+    pipe, tries = mini.load("t2i"), []
+    pipe.set_progress_bar_config(disable=True)
+
+    def never_fits(module, arguments):
+        tries.append(hasattr(module, "_hf_hook"))
+        if not tries[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pipe.transformer.register_forward_pre_hook(never_fits)
+    # There is no accelerator here; the hooks are the same.
+    enable = type(pipe).enable_model_cpu_offload
+    pipe.enable_model_cpu_offload = lambda device: enable(pipe, device="cpu")
+    row = {**SCENES[0], "method": AGENTS}
+    (plain,) = real(tmp_path, [row])
+    items = list(Jobs(tmp_path / "jobs.jsonl", {"steps": 2}).items({"image": "m"}))
+    models = Models(
+        {"image": Source("t2i", "t2i", "xpu")}, lambda s: Loaded("t2i", pipe, embedded=True)
+    )
+    with Worker(models, Options(tmp_path / "offloaded")) as worker:
+        first, second = worker.run(items)[0], worker.run(items)[0]
+    assert tries == [False, False] + [True] * 8, "plain, in tiles, and two pictures"
+    assert first.notes[-1] == "out of memory; models wait in main memory"
+    assert second.pixels == plain.pixels and second.notes == ["models wait in main memory"]
+    for record in (first, second):
+        assert record.counters == plain.counters and record.counters["calls"] == 24
+
+
+@pytest.mark.parametrize("how", ["whole", "leaves"])
+@pytest.mark.parametrize("first", ["hooks", "method"])
+def test_methods_run_under_the_hooks_that_offload(how, first):
+    from accelerate import cpu_offload
+
+    from mmattn import mini
+    from mmattn.calls import draw
+
+    pipe = mini.load("t2i")
+    pipe.set_progress_bar_config(disable=True)
+    loaded = Loaded("t2i", pipe, embedded=True)
+
+    def hook():
+        if how == "whole":
+            pipe.enable_model_cpu_offload(device="cpu")
+        else:  # as enable_sequential_cpu_offload does it to each model
+            cpu_offload(pipe.transformer, torch.device("cpu"))
+
+    def picture():
+        return draw(loaded, ["a red circle"], [3], steps=2)
+
+    (method,) = parse(AGENTS).methods
+    dense = picture()
+    with mmattn.attach(pipe, method) as session:
+        wanted = picture()
+    calls = session.stats.calls
+    assert calls > 0 and not torch.equal(wanted, dense)
+    if first == "hooks":
+        hook()
+    with mmattn.attach(pipe, method) as session:
+        if first == "method":
+            hook()
+        assert torch.equal(picture(), wanted)
+        assert session.stats.calls == calls and session.stats.density < 1
+    assert torch.equal(picture(), dense), "and nothing of it stays"
 
 
 @pytest.fixture

@@ -70,6 +70,72 @@ def test_a_batch_resumes_tells_its_numbers_and_can_be_made_again(run):
     assert Path(out.strip()).read_bytes() == blue.read_bytes()
 
 
+def test_files_are_made_again_and_options_win(run):
+    Image.new("RGB", (64, 64), (200, 30, 30)).save("photo.png")
+    rows = [*ROWS, {"id": "words", "image": "photo.png", "max_new_tokens": 4}]
+    assert run("batch", write(rows), "--out", "first", "--steps", "2")[0] == 0
+    first = {
+        p.name: p for p in Path("first").rglob("*.*") if p.parent.parent.parent.name == "first"
+    }
+    assert sorted(first) == ["blue-0.png", "blue-1.png", "red.png", "words.json"]
+
+    code, _, err = run("batch", "first", "--out", "same")
+    assert code == 0 and "first: 4 files, " in err and "other weights" not in err
+    for path in first.values():
+        assert Path("same", *path.parts[1:]).read_bytes() == path.read_bytes()
+
+    changes = ("--steps", "1", "-m", "identity", "--seed", "5")
+    code, out, _ = run("batch", "first/images", "--out", "other", *changes, "--dry-run", "--json")
+    planned = {entry["id"]: entry for entry in json.loads(out)}
+    assert code == 0 and sorted(planned) == ["blue-0", "blue-1", "red"]
+    for name, entry in planned.items():
+        meta = json.loads(run("inspect", str(first[f"{name}.png"]))[1])["mmattn"]
+        assert (entry["seed"], entry["method"]) == (meta["seed"], "identity")
+    assert run("batch", "first/images", "--out", "other", *changes)[0] == 0
+    meta = json.loads(run("inspect", str(Path("other", *first["red.png"].parts[1:])))[1])["mmattn"]
+    assert (meta["steps"], meta["methods"][0]["name"]) == (1, "identity")
+    code, _, err = run("batch", "first/images", "--out", "other", *changes)
+    assert code == 0 and "0 made, 0 failed, 3 were there" in err
+    code, out, _ = run("batch", "first/images", "--out", "none", "-m", "dense", "--dry-run")
+    assert code == 0 and out.count("dense") == 3
+
+
+def test_files_of_others_are_listed_and_nothing_is_made(run):
+    Image.new("RGB", (4, 4)).save("holiday.png")
+    Path("in").mkdir()
+    for name in ("b", "a"):
+        Image.new("RGB", (4, 4)).save(f"in/{name}.png")
+    code, out, err = run("batch", "in", "holiday.png", "--out", "o")
+    assert code == 2 and not out and not Path("o").exists()
+    assert err.splitlines() == [
+        "mmattn: in, holiday.png: 3 files cannot be run",
+        *(
+            f"{name}: it carries no metadata of mmattn batch"
+            for name in ("in/a.png", "in/b.png", "holiday.png")
+        ),
+    ]
+    code, _, err = run("batch", "in", "--out", "in/new")
+    assert code == 2 and "one lies in the other" in err and err.count("\n") == 1
+    code, _, err = run("batch", write(ROWS), "--set", "agents=8", "--out", "o")
+    assert code == 2 and "no -m is given" in err
+
+
+def test_the_printed_configuration_can_be_given_again(run, monkeypatch):
+    jobs = write(ROWS)
+    given = ("--steps", "3", "-m", "tome:r=2", "--seed", "0", "--no-metadata", "--batch", "2")
+    code, out, err = run("batch", jobs, *given, "--out", "o", "--print-config")
+    settings = json.loads(out)["batch"]
+    assert code == 0 and not err and not Path("o").exists()
+    assert (settings["steps"], settings["seed"], settings["metadata"]) == (3, 0, False)
+    assert (settings["batch"], settings["json"], settings["jobs"]) == (2, False, [jobs])
+    Path("c.json").write_text(out)
+    assert json.loads(run("batch", "--config", "c.json", "--print-config")[1])["batch"] == settings
+    monkeypatch.setenv("MMATTN_STEPS", "7")
+    for more, steps in (((), 7), (("--steps", "9"), 9)):
+        code, out, _ = run("batch", "--config", "c.json", *more, "--print-config")
+        assert json.loads(out)["batch"] == {**settings, "steps": steps}
+
+
 def test_bad_rows_are_listed_before_anything_is_made(run):
     jobs = write([{"prompt": "fine"}, {"promt": "a"}, {"prompt": "b", "steps": -1}])
     code, out, err = run("batch", jobs, "--out", "o")
@@ -82,9 +148,13 @@ def test_bad_rows_are_listed_before_anything_is_made(run):
 
 def test_bad_rows_are_found_without_loading_torch():
     write([{"prompt": 3}])
+    Path("in").mkdir()
+    Image.new("RGB", (4, 4)).save("in/a.png")
     code = (
         "import sys\nfrom mmattn.cli import main\n"
         "assert main(['batch', 'jobs.jsonl']) == 2\n"
+        "assert main(['batch', 'in']) == 2\n"
+        "assert main(['batch', '--help']) == 0\n"
         "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -55,8 +55,10 @@ _SIZED = re.compile(
     r"(\w+_)?(hidden_size|intermediate_size|image_size|img_size|channels"
     r"|chans|heads|head|dim|dims|width|d_model|d_ff|d_kv|n_embd)"
 )
-_WIDE = ("hidden_size", "embed_dim", "d_model", "dim", "width", "hidden_dim", "inner_dim", "n_embd")
-_WIDE += ("block_out_channels", "latent_channels", "base_dim", "decoder_base_dim", "z_dim")
+_WIDE = (
+    *("hidden_size", "embed_dim", "d_model", "dim", "width", "hidden_dim", "inner_dim", "n_embd"),
+    *("block_out_channels", "latent_channels", "base_dim", "decoder_base_dim", "z_dim"),
+)
 
 
 def read_json(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from mmattn.compare.bench import Timing, bench
 from mmattn.errors import ConfigError
 from mmattn.variants import Variant
-from mmattn_demos import limits, parts, presets, snippets
+from mmattn_demos import limits, panels, parts, presets, snippets
 from mmattn_demos.models import Models
 from mmattn_demos.streaming import Done, Tell, Update
 
@@ -94,10 +94,7 @@ def add(ctx: parts.Context) -> None:
             )
             steps = parts.slider(ctx, "bench", "Steps", "Denoising steps of one call.", 4, 20)
             seed = parts.seeding(ctx, "bench")
-            with gr.Row():
-                run = gr.Button("Measure", variant="primary", elem_id="bench-run", min_width=100)
-                stop = gr.Button("Cancel", variant="stop", elem_id="bench-stop", min_width=100)
-            status = gr.Markdown("Ready.", elem_classes=["status"], elem_id="bench-status")
+            (run,), stop, status = panels.running(ctx, "bench", "Measure")
         with gr.Column(scale=3, min_width=300), gr.Tabs():
             with gr.Tab("Times"):
                 chart = gr.HTML("<p>Measure something.</p>", label="Times", elem_id="bench-chart")
@@ -114,18 +111,18 @@ def add(ctx: parts.Context) -> None:
 
     def measure(
         request: Any,
-        kind: str,
-        texts: list[str],
-        times: float,
-        each: float,
-        number: float,
+        model: str,
+        methods: list[str],
+        repeats: float,
+        steps: float,
+        seed: float,
     ) -> Iterator[list[Any]]:
-        if kind not in MODELS.values():
-            raise ConfigError(f"the model is one of {list(MODELS.values())}; got {kind!r}")
-        chosen = columns(texts, kind)
-        count = limits.whole(times, "the number of repeats", 1, limits.REPEATS)
-        many = limits.whole(each, "the number of steps", 1, 20)
-        start, loaded = limits.seed(number), models.get(kind)
+        if model not in MODELS.values():
+            raise ConfigError(f"the model is one of {list(MODELS.values())}; got {model!r}")
+        chosen = columns(methods, model)
+        count = limits.whole(repeats, "the number of repeats", 1, limits.REPEATS)
+        many = limits.whole(steps, "the number of steps", 1, 20)
+        start, loaded = limits.seed(seed), models.get(model)
 
         def work(tell: Tell) -> list[Timing]:
             return bench(
@@ -172,11 +169,8 @@ def add(ctx: parts.Context) -> None:
 
 def build(models: Models | None = None) -> Any:
     """The demo alone."""
-    ctx = parts.context(models)
-    with parts.page(ctx, "mmattn: bench") as demo:
-        ctx.gr.Markdown("# Bench\nTime against the untouched model, interleaved on this machine.")
-        add(ctx)
-    return demo
+    heading = "Bench\nTime against the untouched model, interleaved on this machine."
+    return panels.alone(models, "bench", heading, add)
 
 
 if __name__ == "__main__":

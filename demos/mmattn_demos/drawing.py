@@ -19,7 +19,8 @@ from mmattn.measuring import Measured, measured
 from mmattn.report import Stats
 from mmattn.session import Session
 from mmattn.variants import DENSE, Variant
-from mmattn_demos.models import parameters_on
+from mmattn_demos import limits, presets
+from mmattn_demos.models import Models, parameters_on
 from mmattn_demos.numbers import Measures, measures
 from mmattn_demos.previews import preview
 from mmattn_demos.streaming import Tell, Update
@@ -35,6 +36,28 @@ class Ask:
     steps: int
     guidance: float
     size: dict[str, Any] = field(default_factory=dict)
+
+
+def asked(
+    models: Models,
+    kind: str,
+    prompt: str,
+    method: str,
+    seed: float,
+    steps: float,
+    guidance: float,
+    *size: float,
+) -> Ask:
+    """The request of a visitor for a model of `kind`, checked; `size` is width, height and frames.
+
+    Raises:
+        ConfigError: for anything out of bounds.
+    """
+    count = limits.whole(steps, "the number of steps", 1, limits.STEPS)
+    text = limits.prompt(prompt)
+    column, number = presets.chosen(method, kind), limits.seed(seed)
+    scale = limits.guidance(guidance)
+    return Ask(text, column, number, count, scale, limits.size(models.get(kind), count, *size))
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmattn_pipelines.in_context import InContextPipeline
+
 from mmattn.batch.writers import write_image
-from mmattn_demos import drawing, limits, parts, pictures, sets
+from mmattn_demos import drawing, limits, panels, parts, pictures, sets
 from mmattn_demos.models import Models
 from mmattn_demos.numbers import measures
 from mmattn_demos.streaming import Done
 
 KIND = sets.KIND
+INPUTS = (
+    "captions",
+    "shared",
+    "arrangement",
+    "seen",
+    "images",
+    "seed",
+    "steps",
+    "guidance",
+)
 CLAUSES = "a red circle on a white background\na blue star on a white background"
 REAL_CLAUSES = "it sits under a tree\nit runs across a field"
 REAL_SHARED = "a fox in ink and watercolour"
@@ -55,7 +67,9 @@ def add(ctx: parts.Context) -> None:
             )
             seen = gr.Dropdown(
                 list(sets.SEEN),
-                value="group",
+                value="group"
+                if InContextPipeline(models.get(KIND).target).reads_panels
+                else "full",
                 label="Who sees whom",
                 info="group: every picture sees the others, and its own caption.",
                 elem_id="imagesets-seen",
@@ -84,10 +98,7 @@ def add(ctx: parts.Context) -> None:
                 guidance = gr.Slider(
                     0, 20, 3.0, step=0.1, label="Guidance", info="How closely to follow the prompt."
                 )
-            with gr.Row():
-                run = gr.Button("Draw", variant="primary", elem_id="imagesets-run", min_width=100)
-                stop = gr.Button("Cancel", variant="stop", elem_id="imagesets-stop", min_width=100)
-            status = gr.Markdown("Ready.", elem_classes=["status"], elem_id="imagesets-status")
+            (run,), stop, status = panels.running(ctx, "imagesets", "Draw")
         with gr.Column(scale=3, min_width=300), gr.Tabs():
             with gr.Tab("Compare"):
                 gr.Markdown(
@@ -160,6 +171,7 @@ def add(ctx: parts.Context) -> None:
         ctx,
         run,
         imageset,
+        names=INPUTS,
         inputs=[clauses, shared, way, seen, files, seed, steps, guidance],
         outputs=[both, gallery, status, shown, *numbers, code],
         api_name="imageset",
@@ -179,11 +191,7 @@ def add(ctx: parts.Context) -> None:
 
 def build(models: Models | None = None) -> Any:
     """The demo alone."""
-    ctx = parts.context(models)
-    with parts.page(ctx, "mmattn: image sets") as demo:
-        ctx.gr.Markdown("# Image sets\nRelated pictures drawn together.")
-        add(ctx)
-    return demo
+    return panels.alone(models, "image sets", "Image sets\nRelated pictures drawn together.", add)
 
 
 if __name__ == "__main__":

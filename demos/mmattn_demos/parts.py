@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,14 +96,31 @@ def follow(ctx: Context, request: Any, work: Callable[[Tell], Any]) -> Iterator[
     return stream(work, lock=ctx.models.lock, stops=ctx.stops, visitor=visitor)
 
 
-def job(ctx: Context, button: Any, function: Callable[..., Any], **more: Any) -> Any:
+def job(
+    ctx: Context,
+    button: Any,
+    function: Callable[..., Any],
+    *,
+    names: Sequence[str] = (),
+    **more: Any,
+) -> Any:
     """An event that uses a model: one at a time over all tabs and visitors.
 
-    `function` gets the visitor's request, then the inputs.
+    Args:
+        ctx: what the demo shares.
+        button: starts it.
+        function: gets the visitor's request, then the inputs.
+        names: of the inputs in the API, where `function` takes them all as one.
+        more: arguments of the event.
     """
     function.__annotations__["request"] = ctx.gr.Request
+    told = toasts(function)
+    if names:
+        place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        given = [inspect.Parameter(name, place) for name in ("request", *names)]
+        told.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
     return button.click(
-        toasts(function),
+        told,
         concurrency_id="model",
         concurrency_limit=1,
         show_progress="minimal",
@@ -288,7 +305,7 @@ def figures(ctx: Context, name: str) -> Figures:
     """Panels for `Figures`."""
     gr = ctx.gr
     table = gr.HTML("<p>Run something first.</p>", label="Numbers", elem_id=f"{name}-numbers")
-    notes = gr.Markdown(elem_id=f"{name}-remarks")
+    notes = gr.Markdown(label="Remarks", elem_id=f"{name}-remarks")
     density = view(ctx, "Density by layer and step", f"{name}-density", show_label=False)
     with gr.Accordion("As JSON", open=False):
         data = gr.JSON(label="Numbers as JSON", elem_id=f"{name}-json")

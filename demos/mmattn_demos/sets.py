@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from mmattn_pipelines.captions import SetCaption
-from mmattn_pipelines.in_context import InContextPipeline
+from mmattn_pipelines.in_context import InContextOutput, InContextPipeline
 from mmattn_pipelines.panels import PanelLayout
 from PIL import Image
 
-from mmattn.calls import T2I_SIZE, TEXT_LENGTH
+from mmattn.batch.writers import to_image
+from mmattn.calls import T2I_SIZE, TEXT_LENGTH, draw, guiding
 from mmattn.errors import ConfigError
 from mmattn.loading import Loaded
 from mmattn_demos import drawing, limits
@@ -85,7 +86,17 @@ def asked(
         raise ConfigError(f"choose one of {WAYS} and one of {SEEN}; got {way!r}, {visibility!r}")
     if visibility == "reference-blocked" and not given:
         raise ConfigError("reference-blocked needs a given picture; upload one, or choose group")
-    side = T2I_SIZE if models.get(KIND).embedded else 512
+    loaded = models.get(KIND)
+    if (
+        way == "canvas"
+        and visibility != "full"
+        and not InContextPipeline(loaded.target).reads_panels
+    ):
+        raise ConfigError(
+            f"{type(loaded.target).__name__} reads one text for a whole canvas, so that every picture sees "
+            "the others; choose full"
+        )
+    side = T2I_SIZE if loaded.embedded else 512
     return SetAsk(
         each,
         limits.short_enough(shared, "the shared caption", limits.PROMPT_LENGTH),
@@ -113,11 +124,10 @@ def extra(loaded: Loaded, ask: SetAsk) -> dict[str, Any]:
     """Arguments of the pipeline beyond those of a set."""
     if loaded.embedded:
         return {
-            "true_cfg_scale": ask.guidance,
-            "negative_prompt": "",
+            **guiding(loaded, ask.guidance),
             "max_sequence_length": TEXT_LENGTH,
         }
-    return {"guidance_scale": ask.guidance}
+    return guiding(loaded, ask.guidance)
 
 
 def text_of(loaded: Loaded, ask: SetAsk, visibility: str) -> SetCaption | list[str]:
@@ -144,13 +154,38 @@ def draw_set(loaded: Loaded, ask: SetAsk, visibility: str, watch: Any = None) ->
     return pipe(text_of(loaded, ask, visibility), layout=layout(ask), **common)
 
 
+def one_by_one(loaded: Loaded, ask: SetAsk) -> InContextOutput:
+    """Every picture by a call of its own, for pipelines that read one text per canvas."""
+    texts, given = captions(ask), list(ask.references)
+    drawn = [
+        draw(
+            loaded,
+            [text],
+            [ask.seed],
+            steps=ask.steps,
+            guidance=ask.guidance,
+            width=ask.side,
+            height=ask.side,
+        )[0]
+        for text in texts[len(given) :]
+    ]
+    return InContextOutput([*given, *map(to_image, drawn)])
+
+
 def work(loaded: Loaded, ask: SetAsk, tell: Tell) -> list[tuple[str, Any, float]]:
     """Every picture alone, and the set: (visibility, output, seconds without previews)."""
     found = []
     for visibility in dict.fromkeys((ALONE, ask.visibility)):
         watch = _Watch(ask, visibility, tell)
         start = time.perf_counter()
-        output = draw_set(loaded, ask, visibility, watch)
+        if (
+            visibility == ALONE
+            and ask.way == "canvas"
+            and not InContextPipeline(loaded.target).reads_panels
+        ):
+            output: Any = one_by_one(loaded, ask)
+        else:
+            output = draw_set(loaded, ask, visibility, watch)
         found.append((visibility, output, time.perf_counter() - start - watch.spent))
     return found
 

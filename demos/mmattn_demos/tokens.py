@@ -15,6 +15,7 @@ from mmattn_demos import (
     drawing,
     image,
     limits,
+    panels,
     parts,
     pictures,
     presets,
@@ -131,10 +132,7 @@ def _add_words(ctx: parts.Context) -> None:
                 limits.STEPS,
                 visible=False,
             )
-            with gr.Row():
-                run = gr.Button("Look", variant="primary", elem_id="tokens-run", min_width=100)
-                stop = gr.Button("Cancel", variant="stop", elem_id="tokens-stop", min_width=100)
-            status = gr.Markdown("Ready.", elem_classes=["status"], elem_id="tokens-status")
+            (run,), stop, status = panels.running(ctx, "tokens", "Look")
         with gr.Column(scale=3, min_width=300):
             heat = parts.view(ctx, "All layers", "tokens-heat", height=400)
             layers = gr.Gallery(
@@ -165,7 +163,13 @@ def _add_words(ctx: parts.Context) -> None:
 
     inputs = [model, picture, text, word, method.menu, seed, steps]
     event = parts.job(
-        ctx, run, tokens, inputs=inputs, outputs=[heat, layers, kept, status], api_name="tokens"
+        ctx,
+        run,
+        tokens,
+        names=("model", "image", "text", "word", "method", "seed", "steps"),
+        inputs=inputs,
+        outputs=[heat, layers, kept, status],
+        api_name="tokens",
     )
     parts.cancel(ctx, stop, [event], status)
     parts.quick(new, lambda: pictures.scene(parts.roll())[0], picture)
@@ -193,7 +197,7 @@ def _add_classes(ctx: parts.Context) -> None:
             method = parts.recipe(ctx, "vit", "classify", start=0)
             top = gr.Slider(1, 10, 3, step=1, label="Classes", info="How many to show.")
             run = gr.Button("Classify", variant="primary", elem_id="classify-run")
-            status = gr.Markdown("Ready.", elem_classes=["status"], elem_id="classify-status")
+            status = panels.status(ctx, "classify")
         with gr.Column(scale=3, min_width=300), gr.Tabs():
             with gr.Tab("Classes"):
                 with gr.Row():
@@ -217,10 +221,10 @@ def _add_classes(ctx: parts.Context) -> None:
                 code = parts.codes(ctx, "classify")
 
     def classify(
-        request: Any, given: Image.Image | None, text: str, most: float
+        request: Any, image: Image.Image | None, method: str, classes: float
     ) -> Iterator[list[Any]]:
-        shown, column = vlm.needed(given), presets.chosen(text, "vit")
-        count = limits.whole(most, "the number of classes", 1, 10)
+        shown, column = vlm.needed(image), presets.chosen(method, "vit")
+        count = limits.whole(classes, "the number of classes", 1, 10)
         loaded = models.get("vit")
         for item in parts.follow(
             ctx, request, lambda tell: answering.classify(loaded, shown, column, count, tell)
@@ -253,11 +257,8 @@ def _add_classes(ctx: parts.Context) -> None:
 
 def build(models: Models | None = None) -> Any:
     """The demo alone."""
-    ctx = parts.context(models)
-    with parts.page(ctx, "mmattn: tokens and attention") as demo:
-        ctx.gr.Markdown("# Tokens and attention\nWhere a model looks, and what a method keeps.")
-        add(ctx)
-    return demo
+    heading = "Tokens and attention\nWhere a model looks, and what a method keeps."
+    return panels.alone(models, "tokens and attention", heading, add)
 
 
 if __name__ == "__main__":

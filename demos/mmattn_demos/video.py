@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from mmattn.batch.writers import difference, write_video
-from mmattn_demos import drawing, limits, parts, presets, snippets, words
+from mmattn_demos import drawing, limits, panels, parts, snippets
 from mmattn_demos.models import Models
 from mmattn_demos.streaming import Done
 
 KIND = "t2v"
 FPS = 8
 PROMPT = "a red circle moving right on a white background"
+INPUTS = ("prompt", "method", "seed", "steps", "guidance", "width", "height", "frames")
+SIDES = (("Width", 480), ("Height", 320))
 REAL_PROMPT = "a sailing boat crosses a calm bay at dawn"
 VIEW = 384
 
@@ -34,30 +36,6 @@ TOGETHER = """() => {
 }"""
 
 
-def asked(
-    models: Models,
-    prompt: str,
-    method: str,
-    seed: float,
-    steps: float,
-    guidance: float,
-    width: float,
-    height: float,
-    frames: float,
-) -> drawing.Ask:
-    """The request of a visitor, checked.
-
-    Raises:
-        ConfigError: for anything out of bounds.
-    """
-    count = limits.whole(steps, "the number of steps", 1, limits.STEPS)
-    text = limits.prompt(prompt)
-    column, number = presets.chosen(method, KIND), limits.seed(seed)
-    scale = limits.guidance(guidance)
-    size = limits.size(models.get(KIND), count, width, height, frames)
-    return drawing.Ask(text, column, number, count, scale, size)
-
-
 def example(seed: int) -> str:
     """A caption that the embedded model was trained to film."""
     from mmattn.mini.scenes import make_clips
@@ -71,6 +49,11 @@ def write(value: Tensor) -> str:
     scale = max(1, VIEW // max(value.shape[-2:]))
     folder = Path(tempfile.mkdtemp(prefix="clip-", dir=os.environ["GRADIO_TEMP_DIR"]))
     return str(write_video(folder / "clip.mp4", frames, fps=FPS, scale=scale))
+
+
+def small_frames(value: Tensor) -> list[Any]:
+    """The frames of a clip as small pictures."""
+    return [drawing.shown(frame, 192) for frame in drawing.frames_of(value)]
 
 
 def gap(run: drawing.Run, dense: drawing.Run) -> Any:
@@ -98,34 +81,8 @@ def add(ctx: parts.Context) -> None:
             new = gr.Button("New example", size="sm", visible=embedded, elem_id="video-example")
             method = parts.recipe(ctx, KIND, "video", start=1)
             seed = parts.seeding(ctx, "video")
-            with gr.Accordion("More settings", open=False):
-                steps = parts.slider(
-                    ctx, "video", "Steps", "Denoising steps.", 12 if embedded else 30, limits.STEPS
-                )
-                guidance = gr.Slider(
-                    0, 20, 3.0, step=0.1, label="Guidance", info="How closely to follow the prompt."
-                )
-                with gr.Row(visible=not embedded):
-                    sizes = [
-                        gr.Number(
-                            value,
-                            label=label,
-                            info=info,
-                            precision=0,
-                            minimum=low,
-                            maximum=high,
-                            min_width=110,
-                        )
-                        for label, info, value, low, high in (
-                            ("Width", "Pixels, a multiple of 16.", 480, 64, limits.SIDE),
-                            ("Height", "Pixels, a multiple of 16.", 320, 64, limits.SIDE),
-                            ("Frames", "As the model wants, often 4 n + 1.", 33, 5, limits.FRAMES),
-                        )
-                    ]
-            with gr.Row():
-                run = gr.Button("Compare", variant="primary", elem_id="video-run", min_width=100)
-                stop = gr.Button("Cancel", variant="stop", elem_id="video-stop", min_width=100)
-            status = gr.Markdown("Ready.", elem_classes=["status"], elem_id="video-status")
+            more = panels.settings(ctx, "video", KIND, 30, SIDES, frames=33)
+            (run,), stop, status = panels.running(ctx, "video", "Compare")
         with gr.Column(scale=3, min_width=300), gr.Tabs():
             with gr.Tab("Compare"):
                 with gr.Row():
@@ -151,27 +108,21 @@ def add(ctx: parts.Context) -> None:
                     ctx, "Preview", "video-preview", hard=True, height=240, show_label=False
                 )
             with gr.Tab("Attention"):
-                with gr.Row(elem_classes=["end"]):
-                    word = gr.Textbox(
-                        label="Word",
-                        info="Of the prompt; empty takes one.",
-                        max_length=limits.WORD_LENGTH,
-                        elem_id="video-word",
-                        scale=3,
-                        min_width=140,
-                    )
-                    look = gr.Button("Show", elem_id="video-look", scale=0, min_width=100)
-                found = gr.Markdown("Where the untouched model reads a word, frame by frame.")
-                heat = parts.view(ctx, "Word map", "video-heat", show_label=False)
+                look = panels.word_map(
+                    ctx,
+                    "video",
+                    "prompt",
+                    "Where the untouched model reads a word, frame by frame.",
+                )
             with gr.Tab("Numbers"):
                 numbers = parts.figures(ctx, "video")
             with gr.Tab("Code"):
                 code = parts.codes(ctx, "video")
 
-    inputs = [prompt, method.menu, seed, steps, guidance, *sizes]
+    inputs = [prompt, method.menu, seed, more.steps, more.guidance, *more.sizes]
 
     def compare(request: Any, *values: Any) -> Iterator[list[Any]]:
-        ask = asked(models, *values)
+        ask = drawing.asked(models, KIND, *values)
         loaded = models.get(KIND)
         for item in parts.follow(ctx, request, lambda tell: drawing.pair(loaded, ask, tell)):
             if not isinstance(item, Done):
@@ -190,35 +141,17 @@ def add(ctx: parts.Context) -> None:
                 *code.show(text),
             ]
 
-    def attention(request: Any, chosen: str, *values: Any) -> Iterator[list[Any]]:
-        ask = asked(models, *values)
-        loaded = models.get(KIND)
-
-        def work(tell: Any) -> tuple[Any, str]:
-            drawn: list[Any] = []
-            maps = words.in_prompt(
-                loaded, ask.prompt, chosen, lambda: drawn.append(drawing.again(loaded, ask))
-            )
-            frames = [drawing.shown(frame, 192) for frame in drawing.frames_of(drawn[0])]
-            return words.drawn(maps.mean, frames), maps.word
-
-        for item in parts.follow(ctx, request, work):
-            if isinstance(item, Done):
-                picture, name = item.value
-                yield [
-                    picture,
-                    f"Where the untouched model reads **{name}**, all layers and steps.",
-                ]
-
     outputs = [*clips, status, preview, *numbers, *code]
-    compared = parts.job(ctx, run, compare, inputs=inputs, outputs=outputs, api_name="video")
+    compared = parts.job(
+        ctx, run, compare, names=INPUTS, inputs=inputs, outputs=outputs, api_name="video"
+    )
     compared.success(None, None, None, js=TOGETHER, api_visibility="private")
     looked = parts.job(
         ctx,
-        look,
-        attention,
-        inputs=[word, *inputs],
-        outputs=[heat, found],
+        look.look,
+        panels.word_drawn(ctx, KIND, small_frames),
+        inputs=[look.word, *inputs],
+        outputs=[look.heat, look.found],
         api_visibility="private",
     )
     again.click(None, None, None, js=TOGETHER, api_visibility="private")
@@ -228,11 +161,8 @@ def add(ctx: parts.Context) -> None:
 
 def build(models: Models | None = None) -> Any:
     """The demo alone."""
-    ctx = parts.context(models)
-    with parts.page(ctx, "mmattn: video") as demo:
-        ctx.gr.Markdown("# Text to video\nOne prompt, one seed: the untouched model and a method.")
-        add(ctx)
-    return demo
+    heading = "Text to video\nOne prompt, one seed: the untouched model and a method."
+    return panels.alone(models, "video", heading, add)
 
 
 if __name__ == "__main__":

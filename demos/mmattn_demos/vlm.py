@@ -11,7 +11,17 @@ from PIL import Image
 from mmattn.compare.answers import mark
 from mmattn.errors import ConfigError
 from mmattn.loading import Loaded
-from mmattn_demos import answering, drawing, limits, parts, pictures, presets, snippets, words
+from mmattn_demos import (
+    answering,
+    drawing,
+    limits,
+    panels,
+    parts,
+    pictures,
+    presets,
+    snippets,
+    words,
+)
 from mmattn_demos.models import Models
 from mmattn_demos.streaming import Done
 
@@ -75,10 +85,7 @@ def add(ctx: parts.Context) -> None:
                     label="New tokens",
                     info="Longest answer.",
                 )
-            with gr.Row():
-                run = gr.Button("Ask", variant="primary", elem_id="vlm-run", min_width=100)
-                stop = gr.Button("Cancel", variant="stop", elem_id="vlm-stop", min_width=100)
-            status = gr.Markdown("Ready.", elem_classes=["status"], elem_id="vlm-status")
+            (run,), stop, status = panels.running(ctx, "vlm", "Ask")
         with gr.Column(scale=3, min_width=300), gr.Tabs():
             with gr.Tab("Answers"):
                 said = gr.HTML("<p>Ask something.</p>", label="Answers", elem_id="vlm-answers")
@@ -88,18 +95,13 @@ def add(ctx: parts.Context) -> None:
                 )
                 kept = parts.view(ctx, "Kept tokens", "vlm-kept", show_label=False, height=400)
             with gr.Tab("Attention"):
-                with gr.Row(elem_classes=["end"]):
-                    word = gr.Textbox(
-                        label="Word",
-                        info="Of the dense answer; empty takes one.",
-                        max_length=limits.WORD_LENGTH,
-                        elem_id="vlm-word",
-                        scale=3,
-                        min_width=140,
-                    )
-                    look = gr.Button("Show", elem_id="vlm-look", scale=0, min_width=100)
-                found = gr.Markdown("Where the untouched model looked when it wrote a word.")
-                heat = parts.view(ctx, "Word map", "vlm-heat", show_label=False, height=400)
+                look = panels.word_map(
+                    ctx,
+                    "vlm",
+                    "dense answer",
+                    "Where the untouched model looked when it wrote a word.",
+                    height=400,
+                )
             with gr.Tab("Numbers"):
                 numbers = parts.figures(ctx, "vlm")
             with gr.Tab("Code"):
@@ -110,16 +112,16 @@ def add(ctx: parts.Context) -> None:
     def ask(
         request: Any,
         image: Image.Image | None,
-        asked: str,
-        text: str,
-        number: float,
-        most: float,
+        question: str,
+        method: str,
+        seed: float,
+        new_tokens: float,
         objects: str,
     ) -> Iterator[list[Any]]:
         shown = needed(image)
-        asked, column = limits.prompt(asked), presets.chosen(text, KIND)
-        count = limits.whole(most, "the number of new tokens", 1, limits.NEW_TOKENS)
-        start = limits.seed(number)
+        asked, column = limits.prompt(question), presets.chosen(method, KIND)
+        count = limits.whole(new_tokens, "the number of new tokens", 1, limits.NEW_TOKENS)
+        start = limits.seed(seed)
         known = limits.short_enough(objects, "the list of objects", limits.METHOD_LENGTH)
         loaded = models.get(KIND)
 
@@ -161,10 +163,10 @@ def add(ctx: parts.Context) -> None:
         parts.job(ctx, run, ask, inputs=inputs, outputs=outputs, api_name="vlm_answer"),
         parts.job(
             ctx,
-            look,
+            look.look,
             attention,
-            inputs=[picture, question, word],
-            outputs=[heat, found],
+            inputs=[picture, question, look.word],
+            outputs=[look.heat, look.found],
             api_visibility="private",
         ),
     ]
@@ -198,13 +200,8 @@ def _summary(both: list[answering.Said]) -> str:
 
 def build(models: Models | None = None) -> Any:
     """The demo alone."""
-    ctx = parts.context(models)
-    with parts.page(ctx, "mmattn: vision and language") as demo:
-        ctx.gr.Markdown(
-            "# Picture to words\nOne question: the untouched model's answer and a method's."
-        )
-        add(ctx)
-    return demo
+    heading = "Picture to words\nOne question: the untouched model's answer and a method's."
+    return panels.alone(models, "vision and language", heading, add)
 
 
 if __name__ == "__main__":

@@ -55,17 +55,11 @@ def draw_set(loaded: Loaded, item: Item, guard: Guard) -> tuple[Any, tuple[Any, 
     from mmattn_pipelines.panels import PanelLayout
 
     from mmattn.batch.limits import open_picture
-    from mmattn.calls import TEXT_LENGTH
+    from mmattn.calls import TEXT_LENGTH, guiding
 
     params, pipe = item.params, loaded.target
     known = inspect.signature(type(pipe).__call__).parameters
-    extra: dict[str, Any] = {}
-    scale = 3.0 if loaded.embedded else None
-    scale = params.get("guidance", scale)
-    if scale is not None:
-        extra["true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"] = scale
-    if "negative_prompt" in known and (loaded.embedded or "negative_prompt" in params):
-        extra["negative_prompt"] = params.get("negative_prompt", "")
+    extra = guiding(loaded, params.get("guidance"), params.get("negative_prompt", ""))
     if loaded.embedded:
         extra["max_sequence_length"] = TEXT_LENGTH
     panels = params["panels"]

@@ -24,13 +24,13 @@ PICTURE_BYTES = 64 * 2**20
 PICTURE_DAMAGE = (OSError, ValueError, SyntaxError, IndexError, EOFError)
 """What Pillow raises for damaged files."""
 
-PARTS, SCANS = 20_000, 100
+PARTS, SCANS = 20_000, 50
 """Most chunks of a PNG or segments of a JPEG, and most passes of a JPEG over its pixels."""
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """Where a segment of a JPEG begins; the bytes left out are pixels, fill or stand alone."""
 
-_UPRIGHT = {
+_UPRIGHT: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,7 +39,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes an orientation of EXIF."""
+"""What undoes an orientation of EXIF, where the value is one."""
 
 _RESERVED = {"CON", "PRN", "AUX", "NUL"} | {f"{d}{n}" for d in ("COM", "LPT") for n in range(1, 10)}
 
@@ -185,8 +185,13 @@ def slow_to_read(data: bytes) -> str | None:
         while (found := _MARKER.search(data, place)) and max(parts / PARTS, scans / SCANS) <= 1:
             # In front of the pixels, fill is skipped byte by byte.
             parts += 1 + (0 if scans else found.start() - place)
+            place = found.end()
+            if found.group() == b"\xff\xd9":
+                if scans:
+                    break  # a second picture or a film may follow, which nobody reads
+                continue
             scans += found.group() == b"\xff\xda"
-            place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+            place += int.from_bytes(data[place : place + 2], "big")
     if parts > PARTS:
         return f"is in more than {PARTS:,} parts"
     return f"asks for more than {SCANS} passes over its pixels" if scans > SCANS else None

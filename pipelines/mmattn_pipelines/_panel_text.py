@@ -28,6 +28,11 @@ _KNOWN = (
 )
 
 
+def reads_panels(pipe: Any) -> bool:
+    """Whether every panel of a canvas can have a caption of its own."""
+    return isinstance(pipe, _KNOWN)
+
+
 def joined_prompts(pipe: Any, captions: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a pipeline call that give it one piece of text per panel, all equally long.
 
@@ -42,7 +47,7 @@ def joined_prompts(pipe: Any, captions: Sequence[str], arguments: dict[str, Any]
     Raises:
         ConfigError: for a pipeline whose way of encoding text is not known here.
     """
-    if not isinstance(pipe, _KNOWN):
+    if not reads_panels(pipe):
         raise ConfigError(
             f"a caption per panel needs to know how {type(pipe).__name__} encodes text, and only "
             f"{', '.join(kind.__name__ for kind in _KNOWN)} are known; give one SetCaption for all panels"

@@ -38,7 +38,7 @@ from mmattn_pipelines._panel_latents import (
     codec_or_none,
     keeper_for,
 )
-from mmattn_pipelines._panel_text import joined_prompts
+from mmattn_pipelines._panel_text import joined_prompts, reads_panels
 from mmattn_pipelines.captions import SetCaption
 from mmattn_pipelines.panels import PanelLayout
 
@@ -98,6 +98,11 @@ class InContextPipeline:
                 f"{type(pipe).__name__} does not take {' and '.join(missing)}; a text-to-image pipeline "
                 "of diffusers does"
             )
+
+    @property
+    def reads_panels(self) -> bool:
+        """Whether every panel of a canvas can have its own caption; every visibility but full needs it."""
+        return reads_panels(self.pipe)
 
     def __call__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 
 import pytest
 
@@ -284,10 +285,12 @@ def test_files_are_told_by_their_ending_in_any_case(bench):
     assert read(bench, '{"prompt": "a"}', "JOBS.JSONL") == [(1, {"prompt": "a"})]
     assert read(bench, "prompt\na\n", "jobs.CSV") == [(2, {"prompt": "a"})]
     assert read(bench, "a\n", "jobs.Txt") == [(1, {"prompt": "a"})]
-    with pytest.raises(ConfigError, match=r"ends in one of \['\.jsonl', .*found jobs$"):
+    kinds = "['.jsonl', '.csv', '.parquet', '.txt']"
+    with pytest.raises(ConfigError) as caught:
         read(bench, "a\n", "jobs")
+    assert str(caught.value) == f"a job file ends in one of {kinds}, found jobs"
     (bench.folder / "folder.txt").mkdir()
-    with pytest.raises(ConfigError, match=r"there is no job file at .*folder\.txt"):
+    with pytest.raises(ConfigError, match=r"^there is no job file at .*folder\.txt$"):
         read_rows(bench.folder / "folder.txt")
     assert [row.typed for row in read_rows(bench.write("prompt\na\n", "a.csv"))] == [False]
     assert [row.typed for row in read_rows(bench.write("a\n", "a.txt"))] == [True]
@@ -306,6 +309,8 @@ def test_a_bad_line_does_not_hide_the_next(bench, name):
     for i, problem in enumerate(lines.values()):
         want += [(first + 2 * i, problem), (first + 2 * i + 1, {"prompt": "good"})]
     assert read(bench, text, name) == want
+    used = [row.cells for row in read_rows(bench.folder / name) if row.problem]
+    assert len(used) == 4 and all(cells in ({}, {"prompt": ""}) for cells in used)
     assert read(bench, head + b"ab\xffc", name) == [(first, "the line is not UTF-8 (byte 2)")]
 
 
@@ -341,6 +346,13 @@ def test_rows_of_csv_start_where_they_start(bench):
         (8, {"id": "d", "prompt": "x"}),
     ]
     assert read(bench, "prompt", "jobs.csv") == []
+    half = "x" * (
+        LINE_BYTES // 2 - 2
+    )  # with two quotes and the ends of lines, to the last character
+    ((line, cells),) = read(bench, f'prompt\n"{half}\n{half}"\n', "jobs.csv")
+    assert line == 2 and len(cells["prompt"]) == LINE_BYTES - 3
+    ((line, problem),) = read(bench, f'prompt\n"{half}\nx{half}"\n', "jobs.csv")
+    assert line == 2 and problem.endswith(f"the row is longer than {LINE_BYTES:,} characters")
 
 
 def test_after_a_stray_quote_no_row_is_guessed(bench):
@@ -363,7 +375,8 @@ def test_after_a_stray_quote_no_row_is_guessed(bench):
 def test_heads_that_are_none(bench, head, said):
     with pytest.raises(ConfigError) as caught:
         read(bench, f"{head}\nx\n", "jobs.csv")
-    assert said in str(caught.value) and str(caught.value).startswith(str(bench.folder))
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"{bench.folder / 'jobs.csv'}: ")
 
 
 def test_two_hundred_columns_are_read(bench):
@@ -392,4 +405,10 @@ def test_columns_of_parquet_have_limits_too(bench):
             with pytest.raises(ConfigError, match=f"up to 200 columns .*found {len(names)}"):
                 list(read_rows(path))
     pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(300)]}), path)
+    descriptors = len(os.listdir("/proc/self/fd"))
     assert [row.line for row in read_rows(path)] == [*range(1, 301)]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    pq.ParquetWriter(path, pa.schema([("prompt", pa.string())])).close()
+    assert list(read_rows(path)) == [], "not one group of rows"
+    with pytest.raises(ConfigError, match="has no rows"):
+        Jobs(path).check()

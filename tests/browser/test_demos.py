@@ -72,7 +72,7 @@ def test_image(visit, expect):
     expect(page.locator("#image-python")).to_contain_text("VMoBA(topk=0.25)")
     expect(page.locator("#image-command")).to_contain_text("mmattn generate --model t2i")
     page.get_by_role("tab", name="Attention", exact=True).first.click()
-    page.fill("#image-word input, #image-word textarea", "red")
+    page.fill("#image-word input, #image-word textarea", "green")
     page.click("#image-look")
     loaded(page, "#image-heat")
 

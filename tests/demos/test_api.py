@@ -36,6 +36,37 @@ def small(path, factor):
         return np.asarray(image.convert("RGB"))[::factor, ::factor]
 
 
+NAMES = {
+    "/compare": "prompt method seed steps guidance width height",
+    "/generate": "prompt method seed steps guidance width height",
+    "/video": "prompt method seed steps guidance width height frames",
+    "/imageset": "captions shared arrangement seen images seed steps guidance",
+    "/vlm_answer": "image question method seed new_tokens objects",
+    "/tokens": "model image text word method seed steps",
+    "/classify": "image method classes",
+    "/bench": "model methods repeats steps seed",
+}
+
+
+def test_endpoints_and_their_arguments_have_names(api):
+    listed = api.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    found = {
+        name: " ".join(one["parameter_name"] for one in known["parameters"])
+        for name, known in listed.items()
+    }
+    assert found == NAMES
+    labels = [one["label"] for known in listed.values() for one in known["returns"]]
+    assert not [label for label in labels if label.startswith("value_")]
+
+
+def test_arguments_by_name(api):
+    given = {"prompt": PROMPT, "method": "dense", "seed": 6, "steps": 2}
+    one, _ = api.predict(**given, api_name="/generate")
+    other, _ = api.predict(PROMPT, "dense", 6, 2, 3.0, 64, 64, api_name="/generate")
+    third, _ = api.predict(**{**given, "seed": 7}, api_name="/generate")
+    assert (small(one, 6) == small(other, 6)).all() and (small(one, 6) != small(third, 6)).any()
+
+
 def test_compare(api, models):
     pair, status, _, table, rows, _, notes, python, command, _ = api.predict(
         PROMPT, "VMoBA, a quarter of the chunks", 5, 4, 3.0, 64, 64, api_name="/compare"

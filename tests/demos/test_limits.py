@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
-from mmattn_demos import image, limits, sets, video
+import torch
+from mmattn_demos import drawing, limits, sets
 
 from mmattn.errors import ConfigError
 from mmattn.loading import Loaded
@@ -16,13 +18,13 @@ REAL = Loaded("t2v", None, None, "big-model")
 @pytest.mark.parametrize("value", [0, 51, 2.5, math.nan, math.inf, None, -3, 1e300])
 def test_steps(value, models):
     with pytest.raises(ConfigError, match="steps"):
-        image.asked(models, "a red circle", "vmoba", 1, value, 3, 64, 64)
+        drawing.asked(models, "t2i", "a red circle", "vmoba", 1, value, 3, 64, 64)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31, 0.5, None, math.nan])
 def test_seeds(seed, models):
     with pytest.raises(ConfigError, match="seed"):
-        video.asked(models, "a red circle", "", seed, 4, 3, 64, 64, 17)
+        drawing.asked(models, "t2v", "a red circle", "", seed, 4, 3, 64, 64, 17)
 
 
 def test_prompts():
@@ -43,7 +45,7 @@ def test_work_of_real_models_is_bounded():
 
 
 def test_embedded_models_have_their_own_size(models):
-    ask = image.asked(models, "a red circle", "dense", 1, 4, 3, 9999, 9999)
+    ask = drawing.asked(models, "t2i", "a red circle", "dense", 1, 4, 3, 9999, 9999)
     assert ask.size == {} and ask.column.methods == ()
 
 
@@ -61,3 +63,37 @@ def test_embedded_models_have_their_own_size(models):
 def test_sets(clauses, way, seen, files, models):
     with pytest.raises(ConfigError):
         sets.asked(models, clauses, "", way, seen, files, 1, 4, 3.0)
+
+
+class OneText:
+    """A pipeline that reads one text per canvas; draws the seed as a colour."""
+
+    def __call__(
+        self,
+        prompt=None,
+        height=None,
+        width=None,
+        num_inference_steps=50,
+        guidance_scale=7.5,
+        generator=None,
+        output_type="pil",
+    ):
+        self.seen.append((prompt, height, width, num_inference_steps, guidance_scale))
+        return SimpleNamespace(images=torch.ones(len(prompt), 3, height, width) / 2)
+
+
+def test_sets_of_pipelines_that_read_one_text():
+    pipe = OneText()
+    pipe.seen = []
+    loaded = Loaded("t2i", pipe, None, "folder")
+    models = SimpleNamespace(get=lambda kind: loaded)
+    words = ("a fox\nan owl", "in ink", "canvas")
+    with pytest.raises(ConfigError, match="choose full"):
+        sets.asked(models, *words, "group", None, 1, 4, 3.0)
+    ask = sets.asked(models, *words, "full", None, 1, 4, 3.0)
+    alone = sets.one_by_one(loaded, ask)
+    assert [image.size for image in alone.images] == [(512, 512)] * 2 and alone.report is None
+    assert pipe.seen == [
+        (["in ink, a fox"], 512, 512, 4, 3.0),
+        (["in ink, an owl"], 512, 512, 4, 3.0),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from collections.abc import Callable
@@ -136,6 +137,9 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     ),
     "600,000 chunks": lambda: png(8, 8, 1, 0, _NONE, chunk(b"teSt", b"") * 600_000),
     "1,500,000 comments": lambda: _JPEG[:2] + b"\xff\xfe\0\2" * 1_500_000 + _JPEG[2:],
+    "1,500,000 comments behind an end": lambda: (
+        _JPEG[:2] + b"\xff\xd9" + b"\xff\xfe\0\2" * 1_500_000 + _JPEG[2:]
+    ),
     "5 MB of fill": lambda: _JPEG[:2] + b"\xff" * 5_000_000 + _JPEG[2:],
     "2,000 passes": lambda: _scans(2000),
 }
@@ -194,6 +198,11 @@ READ: dict[str, tuple[Callable[[], bytes], Expected]] = {
     "apng of 3,000 frames": (lambda: _apng(3000), CORNERS),
     "webp of 100 frames": (lambda: encoded(TWO, "WEBP", lossless=True, **_MOVING), CORNERS),
     "mpo of 100 pictures": (lambda: encoded(TWO, "MPO", **_FINE, **_MOVING), CORNERS),
+    "a film behind": (
+        lambda: encoded(TWO, "JPEG", **_FINE) + random.Random(0).randbytes(2**23 - 4096),
+        CORNERS,
+    ),
+    "40 passes": (lambda: _scans(34), {(20, 20): (90,) * 3}),
     "html behind": (lambda: encoded(TWO, "PNG") + b"<html><script>alert(1)</script>", CORNERS),
     "html inside": (lambda: encoded(TWO, "PNG", pnginfo=_NOTES), CORNERS),
     "100 MB of pixels, of which 64 count": (

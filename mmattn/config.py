@@ -78,13 +78,18 @@ def load(path: str | Path) -> Recipe:
         ConfigError: when the file is missing, cannot be parsed, or has an unknown key or value.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"there is no recipe file at {path}")
-    text = path.read_text(encoding="utf-8")
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
+        if not path.is_file():
+            raise ConfigError(f"there is no recipe file at {path}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}") from error
+    try:
+        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a table of settings, found {type(data).__name__}")

@@ -144,8 +144,11 @@ def method_from(given: Any) -> Method:
     if isinstance(given, str):
         return method_class(given)()
     if isinstance(given, dict):
-        if "name" not in given:
-            raise ConfigError(f"a method table needs a 'name' key, got {sorted(given)}")
+        if not isinstance(given.get("name"), str):
+            raise ConfigError(
+                f"a method table needs a 'name' key with a text, got the keys {sorted(given)} and the "
+                f"name {given.get('name')!r}"
+            )
         return method_class(given["name"]).from_dict(given)
     raise ConfigError(
         f"a method is a Method instance, a registered name or a settings mapping, not "

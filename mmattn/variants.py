@@ -85,7 +85,11 @@ def parse(text: str) -> Variant:
     if text.endswith((".toml", ".json")):
         return _recipe(Path(text))
     if text.lstrip().startswith("{"):
-        return variant([method_from(json.loads(text))])
+        try:
+            table = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the method {text[:80]!r} is not valid JSON: {error}") from error
+        return variant([method_from(table)])
     return variant([_parse_one(part.strip()) for part in _split(text, "+")])
 
 
@@ -123,7 +127,7 @@ def scalar(text: str) -> Any:
     """A JSON value where `text` is one, the text itself otherwise."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

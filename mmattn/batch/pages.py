@@ -55,15 +55,26 @@ def _row(record: dict[str, Any]) -> list[str]:
     cells = {
         **record,
         "prompt": prompt_of(record),
-        "error": record.get("error", {}).get("message", ""),
+        "error": _table(record, "error").get("message", ""),
     }
     return [neutral(str(cells.get(name, ""))) for name in _COLUMNS]
 
 
+def _table(record: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of a record, which may be damaged."""
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def prompt_of(record: dict[str, Any]) -> str:
     """What was asked for, in one text."""
-    params = record.get("params", {})
-    panels = [str(panel.get("prompt", "")) for panel in params.get("panels", [])]
+    params = _table(record, "params")
+    given = params.get("panels")
+    panels = [
+        str(panel.get("prompt", ""))
+        for panel in (given if isinstance(given, list) else ())
+        if isinstance(panel, dict)
+    ]
     return " / ".join(part for part in [str(params.get("prompt", "")), *panels] if part)
 
 
@@ -118,7 +129,7 @@ def _figure(record: dict[str, Any]) -> str:
             picture = f"<a href='{file}'><img src='{file}' alt='{alt}' loading='lazy'></a>"
     facts = [str(record["id"]), f"seed {record.get('seed')}", str(record.get("method", ""))]
     if record["status"] != "ok":
-        message = record.get("error", {}).get("message", "")
+        message = _table(record, "error").get("message", "")
         facts.append(f"{record['status']}: {message}"[:300])
     small = html.escape(" · ".join(facts))
     return (

@@ -78,14 +78,18 @@ def read(root: Path | None = None) -> dict[str, dict[str, dict[str, Any]]]:
     """The manifest under `root`; an empty one where none was written.
 
     Raises:
-        ModelLoadError: when the file is not valid JSON.
+        ModelLoadError: when the file is not valid JSON, or of another form.
     """
     target = (weights_root() if root is None else root) / FILE
     if not target.is_file():
         return {}
     try:
         table: dict[str, dict[str, dict[str, Any]]] = json.loads(target.read_text("utf-8"))
-    except ValueError as error:
+        for files in table.values():
+            for name, entry in files.items():
+                if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+                    raise ValueError(f"size or SHA-256 of {name} is of the wrong type")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelLoadError(
             f"The weight manifest {target} is damaged ({error}); reinstall mmattn, or rebuild it "
             "with: mmattn mini verify --write"
@@ -100,14 +104,14 @@ def check(name: str, root: Path | None = None) -> Check:
     if not folder.is_dir() or not _files(folder):
         return Check(name, present=False, problems=[f"no files in {folder}"])
     listed = read(root).get(name)
-    found = _files(folder)
-    result = Check(name, True, len(found), sum(p.stat().st_size for p in found))
+    found = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
+    result = Check(name, True, len(found), sum(p.stat().st_size for p in found.values()))
     if listed is None:
         result.problems.append(f"{name} is not in {FILE}")
         return result
     for relative, entry in listed.items():
-        path = folder / relative
-        if not path.is_file():
+        path = found.get(relative)
+        if path is None:
             result.problems.append(f"{relative} is missing")
         elif path.stat().st_size != entry["bytes"]:
             result.problems.append(

@@ -6,7 +6,6 @@ import json
 import random
 
 import mutator
-import pytest
 import trials
 
 from mmattn.batch.items import Item
@@ -62,7 +61,6 @@ def test_damaged_manifests(tmp_path):
     assert found.read == trials.share(100), found
 
 
-@pytest.mark.xfail(strict=True, reason="the pages trust the error and the params of a record")
 def test_pages_of_damaged_manifests(tmp_path):
     found = trials.run(cases(trials.share(100), tmp_path), finish)
     assert found.read == trials.share(100), found

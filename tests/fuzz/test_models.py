@@ -145,7 +145,6 @@ def test_damaged_embedded_files(embedded):
     assert found.refused and not found.read, found
 
 
-@pytest.mark.xfail(strict=True, reason="the manifest of the weights is trusted to have its form")
 def test_damaged_manifests_of_embedded_files(embedded):
     whole = embedded[0].read_bytes()
 

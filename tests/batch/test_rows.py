@@ -239,9 +239,9 @@ def test_damaged_and_oversized_parquet(bench, monkeypatch):
 
 def test_rows_are_checked_as_they_stream(bench):
     """A file of 80 MB, in a process of its own, since the size of this one says nothing."""
-    prompt = "a photograph of a red circle " * 66
+    prompt = "a photograph of a red circle " * 140
     with (bench.folder / "jobs.jsonl").open("w") as stream:
-        for i in range(40_000):
+        for i in range(20_000):
             stream.write(json.dumps({"id": f"row{i}", "prompt": prompt + str(i)}) + "\n")
     code = (
         "import sys; from pathlib import Path; from mmattn.batch.jobs import Jobs\n"
@@ -253,7 +253,7 @@ def test_rows_are_checked_as_they_stream(bench):
         [sys.executable, "-c", code, bench.folder / "jobs.jsonl"], capture_output=True, text=True
     )
     rows, megabytes, torch = done.stdout.split()
-    assert (rows, torch) == ("40000", "False") and int(megabytes) < 80
+    assert (rows, torch) == ("20000", "False") and int(megabytes) < 80
 
 
 def test_repeated_rows_are_told_apart_however_many_they_ask_for(bench):

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 
 import pytest
@@ -102,13 +101,14 @@ def test_a_run_of_everything_is_told_which_shard_is_in_its_way(tmp_path, taken):
     assert "process 11 on there" in message(taken, tmp_path)
 
 
-def test_someone_who_only_looks_does_not_stop_a_shard(tmp_path, taken):
+def test_someone_who_only_looks_does_not_stop_a_shard(tmp_path, taken, monkeypatch):
     path = tmp_path / ".lock.rank1"
     path.write_text("")
-    looking = os.open(path, os.O_RDWR)
-    fcntl.flock(looking, fcntl.LOCK_SH)
-    threading.Timer(0.04, os.close, [looking]).start()
+    looking = [os.open(path, os.O_RDWR)]
+    fcntl.flock(looking[0], fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.close(looking.pop()))
     taken(tmp_path, Shard(1, 2))
+    assert not looking
 
 
 def test_the_wait_for_a_lock_is_short(tmp_path, taken, monkeypatch):

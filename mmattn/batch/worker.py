@@ -162,9 +162,7 @@ class Worker:
                     return self._attempt(items, how)
         if len(items) > 1:
             return self._halves(items, len(items) // 2, how)
-        record = self._record(items[0], "failed", how)
-        record.error = {"class": type(error).__name__, "message": sentence(error)}
-        return [record]
+        return [self._failed(items[0], error, how)]
 
     def _halves(self, items: Sequence[Item], half: int, how: _Try) -> list[Record]:
         records = []
@@ -236,14 +234,14 @@ class Worker:
             notes=notes,
         )
 
+    def _failed(self, item: Item, error: Exception, how: _Try) -> Record:
+        record = self._record(item, "failed", how)
+        record.error = {"class": type(error).__name__, "message": sentence(error)}
+        return record
+
     def _keep(self, item: Item, seat: Seat, seconds: float, how: _Try) -> Record:
         if seat.error is not None:
-            record = self._record(item, "failed", how)
-            record.error = {
-                "class": type(seat.error).__name__,
-                "message": sentence(seat.error),
-            }
-            return record
+            return self._failed(item, seat.error, how)
         record = self._record(item, "ok", how)
         record.notes += seat.notes
         record.wall_s, record.peak_mb = round(seconds, 4), _peak_mb(seat)
@@ -251,9 +249,14 @@ class Worker:
         path = self.options.out / item.file
         # A smaller batch leaves the pixels alone; these two do not.
         lasting = [*seat.notes, *(note for note in how.notes if "tiles" in note)]
-        with writing(str(path)):
-            written = self._write(path, item, seat, lasting)
-            record.size, record.sha256 = written.stat().st_size, sha256_of(written)
+        try:
+            with writing(str(path)):
+                written = self._write(path, item, seat, lasting)
+                record.size, record.sha256 = written.stat().st_size, sha256_of(written)
+        except OutputError:
+            raise
+        except Exception as error:  # of an encoder; the next item may suit it
+            return self._failed(item, error, how)
         record.file = written.relative_to(self.options.out).as_posix()
         record.pixels = seat.content_sha256()
         record.answer = seat.answer

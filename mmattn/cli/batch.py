@@ -327,9 +327,14 @@ def rerun(
     if device is not None:
         common.check_device(device)
     common.quiet_libraries()
+    from mmattn.batch.ledger import OutputError
     from mmattn.batch.rerunning import rerun as again
 
-    found = again(file, out, model, device=device)
+    try:
+        found = again(file, out, model, device=device)
+    except OutputError as error:
+        say(f"mmattn: {error}")
+        raise typer.Exit(common.NOTHING_DONE) from None
     if as_json:
         emit_json(found)
     elif found["file"] is not None:

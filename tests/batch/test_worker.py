@@ -49,6 +49,24 @@ def test_one_record_per_item_in_order_whatever_fails(bench):
     assert all(isinstance(r, Record) and r.attempt == 1 for r in records)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("an odd size")])
+def test_an_encoder_that_fails_fails_its_item_only(bench, monkeypatch, error):
+    encode, seen = Image.Image.save, []
+
+    def save(image, *args, **more):
+        seen.append(image)
+        if len(seen) == 2:
+            raise error
+        return encode(image, *args, **more)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    records = run(bench, prompts(3))
+    assert [r.status for r in records] == ["ok", "failed", "ok"]
+    assert records[1].error["class"] == type(error).__name__ and records[1].file is None
+    written = [path.name for path in (bench.folder / "out").rglob("*") if path.is_file()]
+    assert sorted(written) == ["0.png", "2.png"]
+
+
 @pytest.mark.parametrize("fits", [1, 2, 3])
 def test_a_batch_that_does_not_fit_is_halved_and_the_size_remembered(bench, fits):
     bench.pipe.fits = fits

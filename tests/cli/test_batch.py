@@ -68,6 +68,9 @@ def test_a_batch_resumes_tells_its_numbers_and_can_be_made_again(run):
     code, out, err = run("rerun", str(blue), "--out", "again")
     assert code == 0 and "identical" in err
     assert Path(out.strip()).read_bytes() == blue.read_bytes()
+    Path("taken").write_text("a file where a folder should be")
+    code, out, err = run("rerun", str(blue), "--out", "taken")
+    assert (code, out) == (4, "") and "cannot be written" in err
 
 
 def test_files_are_made_again_and_options_win(run):
